@@ -1,0 +1,361 @@
+"""Train ResNet18 on CIFAR-10, cutting the learning rate whenever validation stops improving.
+
+python train.py --epochs 40                 the full run
+python train.py --epochs 5 --data demo      a try without a download
+python train.py --resume                    go on after a stop
+"""
+
+import argparse
+import csv
+import io
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import data
+import utils
+from model import NORMS, ResNet18, count_parameters
+
+MOMENTUM = 0.9
+# Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth that
+# with the customary 0.01 % every epoch is a little better than the last, and the rate is cut far too late.
+PLATEAU_THRESHOLD = 0.01
+MIN_LR = 1e-4
+WARMUP_STEPS = (
+    200  # in which the learning rate rises to --lr: at once it would throw the fresh weights far off
+)
+EVAL_BATCH = 500  # images; without gradients more of them fit at once
+PLOT_SECONDS = 30  # the curves are redrawn at most so often during the run
+# What --resume cannot change; where the run computes, where it is kept and how long it is may change.
+FIXED_SETTINGS = ["batch_size", "lr", "weight_decay", "factor", "patience", "label_smoothing", "val_split"]
+FIXED_SETTINGS += ["train_size", "norm", "seed"]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Train ResNet18 on CIFAR-10.", formatter_class=formatter)
+    count = utils.number(int, 1, 1_000_000, "a whole number from 1 to 1000000")
+    rate = utils.number(float, 1e-9, 1e6, "a number above 0")
+    factor = utils.number(float, 0.001, 0.999, "a number between 0 and 1")
+    share = utils.number(float, 0, 0.9, "a number from 0 to 0.9")
+    add = parser.add_argument
+    add("--data", default="data", help="folder of CIFAR-10 (else it is downloaded) or of images, or demo")
+    add("--output", type=Path, default=Path("outputs"), help="folder for all that is written")
+    add("--epochs", type=count, default=40, help="passes over the training images")
+    add("--batch-size", type=count, default=128, help="images a step")
+    add("--lr", type=rate, default=0.1, help="learning rate at the start")
+    add(
+        "--weight-decay",
+        type=utils.number(float, 0, 1, "a number from 0 to 1"),
+        default=5e-4,
+        help="L2 penalty",
+    )
+    add("--factor", type=factor, default=0.3, help="what a plateau multiplies the learning rate by")
+    add(
+        "--patience",
+        type=utils.number(int, 0, 10000, "a whole number from 0"),
+        default=1,
+        help="epochs without progress before a cut",
+    )
+    add("--label-smoothing", type=share, default=0.1, help="share of the label spread over all classes")
+    add("--val-split", type=share, default=0.1, help="share of the training images kept for validation")
+    add("--train-size", type=count, help="train on so many images (default: all)")
+    add("--norm", choices=NORMS, default="batch", help="normalisation layers")
+    add(
+        "--workers",
+        type=utils.number(int, 0, 64, "a whole number from 0 to 64"),
+        help="processes that augment (default: by device)",
+    )
+    add(
+        "--seed",
+        type=utils.number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
+        default=0,
+        help="of all randomness",
+    )
+    add("--device", choices=["auto", *utils.DEVICES], default="auto", help="where to compute")
+    add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="of convolutions")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--resume", nargs="?", const=True, metavar="FILE", help="go on from OUTPUT/last.pt, or from FILE")
+    add("--overwrite", action="store_true", help="replace the run in OUTPUT")
+    return parser
+
+
+def parse_args() -> tuple[argparse.Namespace, dict | None]:
+    """The settings and, with --resume, the state to go on from. Raises RunError."""
+    parser = get_parser()
+    args = parser.parse_args()
+    if not args.resume:
+        if (args.output / "last.pt").exists() and not args.overwrite:
+            raise utils.RunError(f"{args.output} holds a run: use --resume, --overwrite or another --output")
+        return args, None
+    if args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it: use one of them")
+    file = args.output / "last.pt" if args.resume is True else Path(args.resume)
+    state = utils.load_checkpoint(file, "last state")
+    saved = state["settings"]
+    parser.set_defaults(
+        **saved, output=file.parent
+    )  # now a setting that differs from the saved one was given
+    args = parser.parse_args()
+    for name in FIXED_SETTINGS:
+        if getattr(args, name) != saved[name]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            parser.error(
+                f"{flag} would change the run, which has {saved[name]}: leave it out or start a new run"
+            )
+    return args, state
+
+
+def build_training(
+    args: argparse.Namespace, classes: int, steps: int, device: torch.device, fp16: bool
+) -> dict:
+    """Everything that has a state: model, averaged, optimizer, scheduler, warmup, scaler."""
+    torch.manual_seed(args.seed)
+    model = ResNet18(classes, args.norm).to(device, memory_format=torch.channels_last)
+    # The weights averaged over about the last epoch are validated, tested and kept: less noisy, and more accurate.
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
+    parameters, decay = model.parameters(), args.weight_decay
+    # Fused is faster; but when the scaler skips its very first step, the momentum is left uninitialised.
+    fused = device.type in ("cuda", "cpu") and not fp16
+    optimizer = torch.optim.SGD(parameters, args.lr, MOMENTUM, weight_decay=decay, nesterov=True, fused=fused)
+    plateau = {"factor": args.factor, "patience": args.patience, "threshold": PLATEAU_THRESHOLD}
+    scheduler = ReduceLROnPlateau(optimizer, min_lr=MIN_LR, **plateau)
+    warmup = LinearLR(optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    training = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
+    return {**training, "warmup": warmup, "scaler": scaler}
+
+
+def restore(training: dict, state: dict) -> list[dict]:
+    """Load a saved state into `training`; returns the history, a row an epoch."""
+    fused = training["optimizer"].param_groups[0]["fused"]
+    for name, part in training.items():
+        if state[name]:  # a scaler that is not used has none
+            part.load_state_dict(state[name])
+    for group in training["optimizer"].param_groups:
+        group["fused"] = fused  # it belongs to this device, not to the saved state
+    return state["history"]
+
+
+def train_one_epoch(model, training: dict, loader, criterion, stats, precision, epochs_left: int) -> dict:
+    """One pass over the training images. Returns train_loss, train_accuracy in [0, 1] and images_per_second.
+
+    Raises RunError when the loss is not finite.
+    """
+    averaged, optimizer, scaler = training["averaged"], training["optimizer"], training["scaler"]
+    device = next(model.parameters()).device
+    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    model.train()
+    progress, start, count = utils.Progress(), time.perf_counter(), loader.sampler.count
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with utils.autocast(device, precision):
+            logits = model(data.normalize(images, *stats))  # (B, classes)
+            loss = criterion(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        training["warmup"].step()
+        averaged.update_parameters(training["model"])
+
+        # The sums stay on the device. Reading them makes the CPU wait, so that is done only to show them.
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+        if progress.due() or seen == count:
+            speed = seen / (time.perf_counter() - start)
+            row = {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
+            if not math.isfinite(row["train_loss"]):
+                raise utils.RunError("the training loss is no longer a finite number: try a smaller --lr")
+            left = utils.clock((epochs_left * count + count - seen) / speed)
+            progress.show(
+                f"{seen / count:4.0%}   loss {row['train_loss']:.4f}   accuracy {row['train_accuracy']:.4f}"
+                f"   {speed:,.0f} images/s   {left} left"
+            )
+    progress.show("")
+    return {**row, "images_per_second": seen / (time.perf_counter() - start)}
+
+
+def evaluate(model: nn.Module, split: data.Split, stats, precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, classes) float32 and labels (N,) int64 of all images of a split, on the model's device."""
+    device = next(model.parameters()).device
+    batches = torch.from_numpy(split.images).split(EVAL_BATCH)
+    logits = utils.predict(model, (data.normalize(batch.to(device), *stats) for batch in batches), precision)
+    return logits, torch.from_numpy(split.labels).to(device)
+
+
+def validate(model: nn.Module, split: data.Split, criterion, stats, precision) -> dict:
+    """val_loss and val_accuracy in [0, 1]; both None without validation images. Raises RunError for a loss of NaN."""
+    if not len(split.labels):
+        return {"val_loss": None, "val_accuracy": None}
+    logits, labels = evaluate(model, split, stats, precision)
+    loss, accuracy = criterion(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+    if not math.isfinite(loss):  # the scheduler would count it as one more epoch without progress
+        raise utils.RunError("the validation loss is no longer a finite number: try a smaller --lr")
+    return {"val_loss": loss, "val_accuracy": accuracy}
+
+
+def save_epoch(
+    output: Path, training: dict, history: list[dict], facts: dict, is_best: bool, is_last: bool
+) -> None:
+    """Write checkpoint.pt if this epoch is the best; last.pt; history.csv; and from time to time curves.png."""
+    if len(history) == 1:  # a run that is replaced goes now, and its last pictures with it
+        for name in ("confusion.png", "misclassified.png", "gradcam.png"):
+            (output / name).unlink(missing_ok=True)
+    if is_best:
+        weights = training["averaged"].module.state_dict()
+        state = {"kind": "checkpoint", **facts, **history[-1], "model": weights}
+        utils.save_checkpoint(state, output / "checkpoint.pt")
+    states = {name: part.state_dict() for name, part in training.items()}
+    utils.save_checkpoint({"kind": "last state", **facts, **states, "history": history}, output / "last.pt")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    with utils.replacing(output / "history.csv") as file:
+        file.write(table.getvalue().encode())
+    curves = output / "curves.png"
+    if is_last or len(history) == 1 or time.time() - curves.stat().st_mtime > PLOT_SECONDS:
+        title = f"ResNet18 on {facts['name']}, {facts['norm']} norm, seed {facts['settings']['seed']}"
+        utils.save_figure(utils.plot_curves(history, title), curves)
+
+
+def print_header(args: argparse.Namespace, name: str, sizes: list[int], model: ResNet18, precision) -> None:
+    device = next(model.parameters()).device
+    print("data      {}: {:,} training, {:,} validation, {:,} test images".format(name, *sizes))
+    print(
+        f"network   ResNet18, {args.norm} norm, {model.classes} classes, {count_parameters(model):,} parameters"
+    )
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(
+        f"device    {hardware}, {str(precision).removeprefix('torch.')}\nseed      {args.seed}\noutput    {args.output}"
+    )
+    if device.type == "cpu":
+        trial, batch = (
+            ResNet18(model.classes).to(memory_format=torch.channels_last),
+            min(args.batch_size, sizes[0]),
+        )
+        for _ in range(2):  # two steps on blank images; the first only warms up
+            start = time.perf_counter()
+            with utils.autocast(device, precision):
+                logits = trial(torch.zeros(batch, 3, 32, 32).to(memory_format=torch.channels_last))
+            logits.sum().backward()
+        epoch = utils.clock((time.perf_counter() - start) * sizes[0] / batch)
+        print(f"There is no GPU in use: an epoch will take about {epoch}, with one it would take seconds.")
+    print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s    time", flush=True)
+
+
+def print_epoch(row: dict, epochs: int, is_best: bool, next_lr: float) -> None:
+    validation = (
+        f"{row['val_loss']:8.4f}  {row['val_accuracy']:8.4f}" if row["val_loss"] else f"{'-':>8}  {'-':>8}"
+    )
+    print(
+        f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.5f}   {row['train_loss']:10.4f}  {row['train_accuracy']:8.4f}   "
+        f"{validation}   {row['images_per_second']:8,.0f}  {utils.clock(row['seconds']):>6}{'  best' * is_best}"
+    )
+    if next_lr < row["lr"]:
+        print(f"        plateau: the learning rate is cut from {row['lr']:.5f} to {next_lr:.5f}")
+
+
+def final_test(
+    output: Path, test: data.Split, model: nn.Module, precision: torch.dtype, seconds: float
+) -> None:
+    """Evaluate checkpoint.pt on the test set, once; print accuracies, write confusion.png."""
+    best = utils.load_checkpoint(output / "checkpoint.pt", "checkpoint")
+    model.load_state_dict(best["model"])
+    logits, labels = evaluate(model, test, (best["mean"], best["std"]), precision)
+    pairs = (labels * model.classes + logits.argmax(1)).bincount(minlength=model.classes**2)
+    confusion = pairs.reshape(model.classes, -1).cpu()  # (true class, predicted class)
+    accuracy = confusion.trace().item() / len(labels)
+    utils.save_checkpoint({**best, "test_accuracy": accuracy}, output / "checkpoint.pt")
+    title = (
+        f"ResNet18 on {best['name']}: {accuracy:.2%} of {len(labels):,} test images, epoch {best['epoch']}"
+    )
+    utils.save_figure(utils.plot_confusion(confusion, test.classes, title), output / "confusion.png")
+
+    print(f"\nTest accuracy on {best['name']}: {accuracy:.2%}, with the weights of epoch {best['epoch']}")
+    for name, row, right in zip(test.classes, confusion, confusion.diagonal(), strict=True):
+        print(f"    {name:12} {right / row.sum():8.2%}")
+    print(f"Trained for {utils.clock(seconds)}.")
+    print(f"Written to {output}: checkpoint.pt, last.pt, history.csv, curves.png, confusion.png")
+    print(f"Next: python gradcam.py --n 10 --checkpoint {output / 'checkpoint.pt'}")
+
+
+def main() -> None:
+    args, state = parse_args()
+    utils.make_folder(args.output)
+    device = utils.choose_device(args.device)
+    precision = utils.choose_precision(args.precision, device)
+    on_gpu = device.type == "cuda"
+
+    # Data
+    train, test = data.load_train_test(args.data)
+    stats = data.channel_statistics(train.images)
+    train_indices, val_indices = data.split_validation(
+        train.labels, args.val_split, args.train_size, args.seed
+    )
+    validation, train = train[val_indices], train[train_indices]
+    workers = args.workers
+    if workers is None:
+        workers = min(16, os.cpu_count() or 1) if on_gpu else 1
+    loader = data.train_loader(train, stats[0], args.batch_size, args.seed, workers, pin_memory=on_gpu)
+
+    # Network, optimizer, scheduler
+    training = build_training(args, len(train.classes), len(loader), device, precision == torch.float16)
+    model, averaged, optimizer, scheduler, *_ = training.values()
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("output", "resume", "overwrite")
+    }
+    facts = {"name": data.data_name(args.data), "data": args.data, "norm": args.norm, "settings": settings}
+    facts |= {"classes": train.classes, "mean": stats[0], "std": stats[1]}
+    history = []
+    if state:
+        if any(state[key] != facts[key] for key in ("classes", "mean", "std")):
+            raise utils.RunError(
+                f"--data {args.data}: these are not the images that the run was started with"
+            )
+        history = restore(training, state)
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    faster_model = torch.compile(model) if args.compile else model
+    print_header(
+        args, facts["name"], [len(part.labels) for part in (train, validation, test)], model, precision
+    )
+
+    try:
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            start = time.perf_counter()
+            loader.sampler.epoch = epoch
+            row = train_one_epoch(
+                faster_model, training, loader, criterion, stats, precision, args.epochs - epoch
+            )
+            if epoch == 1:  # begin the average anew, without the random weights of the start
+                averaged.n_averaged.zero_()
+                averaged.update_parameters(model)
+            row |= validate(averaged.module, validation, criterion, stats, precision)
+            lr = optimizer.param_groups[0]["lr"]
+            scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
+            row = {"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start}
+            is_best = not args.val_split or all(
+                row["val_accuracy"] > past["val_accuracy"] for past in history
+            )
+            history.append(row)
+            save_epoch(args.output, training, history, facts, is_best, is_last=epoch == args.epochs)
+            print_epoch(row, args.epochs, is_best and args.val_split > 0, optimizer.param_groups[0]["lr"])
+    except KeyboardInterrupt as stop:
+        if history:
+            stop.args = (
+                f"after epoch {len(history)}; to go on: python train.py --resume {args.output / 'last.pt'}",
+            )
+        raise
+    final_test(args.output, test, averaged.module, precision, sum(row["seconds"] for row in history))
+
+
+if __name__ == "__main__":
+    utils.run(main, data.DataError)
