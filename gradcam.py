@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) on the test images that the network gets wrong.
+"""Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) of the network's errors on the test set.
 
 python gradcam.py --n 10                 the ten errors of which it was most confident
 python gradcam.py --n 20 --seed 1        twenty at random
@@ -14,20 +14,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from data import DataError, load_split, normalize
+import data
+import utils
 from model import STAGES, ResNet18
-from utils import (
-    Progress,
-    RunError,
-    choose_device,
-    choose_precision,
-    load_checkpoint,
-    make_folder,
-    number,
-    predict,
-    run,
-    save_figure,
-)
 
 LAYERS = ("stem", *STAGES)
 COLOUR_MAP = "viridis"  # perceptually uniform: equal steps in value look equal, also in grey
@@ -38,8 +27,8 @@ EVAL_BATCH = 500  # images
 class GradCAM(nn.Module):
     """Grad-CAM of a stage of a ResNet18: which places of an image speak for a class.
 
-    layer: a name of model.feature. layer4 is the last convolution, but on 32x32 images it has only 4x4 cells; the
-    default, layer3, has 8x8. Raises ValueError for any other name.
+    layer: a name of model.feature; any other raises ValueError. layer4 is the last convolution, but on 32x32
+    images it has only 4x4 cells; the default, layer3, has 8x8.
     """
 
     def __init__(self, model: ResNet18, layer: str = "layer3"):
@@ -75,8 +64,8 @@ class GradCAM(nn.Module):
     def heatmaps(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalised images (N, 3, H, W) and N class indices -> maps (N, H, W) in [0, 1].
 
-        Each map is divided by its maximum; where nothing speaks for the class it is zero everywhere. Modes, gradients
-        and parameters of the network stay as they are. Equations 1 and 2 of the paper.
+        Each map is divided by its maximum; where nothing speaks for the class it is zero everywhere. The
+        network's modes, gradients and parameters stay as they are. Equations 1 and 2 of the paper.
         """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
@@ -86,7 +75,7 @@ class GradCAM(nn.Module):
             with torch.enable_grad():  # from here on only: nothing below the layer is differentiated
                 activations.requires_grad_()
                 logits = self.classifier(activations)  # (N, classes)
-                # Images do not influence each other, so the gradient of the sum holds that of each class logit.
+                # No image influences another, so the gradient of the sum holds that of each class logit.
                 score = logits.gather(1, labels[:, None]).sum()
                 (self.gradients,) = torch.autograd.grad(score, activations)
         finally:
@@ -128,13 +117,9 @@ def plot_images(images: np.ndarray, titles: list[str], heading: str) -> Figure:
 
 
 def plot_heatmaps(
-    images: np.ndarray, maps: np.ndarray, names: list[tuple[str, str]], titles, heading: str
+    images: np.ndarray, maps: np.ndarray, names: list, titles: list[str], heading: str
 ) -> Figure:
-    """Each image beside its two heatmaps.
-
-    images (n, 32, 32, 3) uint8, maps (n, 2, 32, 32) in [0, 1] for the predicted and the true class, whose names
-    are `names`.
-    """
+    """Images (n, 32, 32, 3) uint8, each beside its maps (n, 2, 32, 32) in [0, 1] for its two `names`."""
     groups = 1 if len(images) == 1 else 2 if len(images) <= 10 else 3  # images side by side
     rows = -(-len(images) // groups)
     figure = Figure(figsize=(4.4 * groups + 0.9, 1.95 * rows + 0.9), layout="constrained")
@@ -158,90 +143,80 @@ def plot_heatmaps(
 
 
 def get_parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description="Show with Grad-CAM why the network errs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Show with Grad-CAM why the network errs.", formatter_class=formatter
     )
+    count = utils.number(int, 1, 100, "a whole number from 1 to 100")
+    seed = utils.number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
     add = parser.add_argument
-    add(
-        "--n",
-        type=number(int, 1, 100, "a whole number from 1 to 100"),
-        default=10,
-        help="misclassified images to show",
-    )
+    add("--n", type=count, default=10, help="misclassified images to show")
     add("--checkpoint", type=Path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1, "a whole number from 0"),
-        help="pick at random instead of by confidence",
-    )
+    add("--seed", type=seed, help="pick at random from this seed (default: the most confident errors)")
     add("--layer", choices=LAYERS, default="layer3", help="stage of the network to explain")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute")
+    add("--device", choices=["auto", *utils.DEVICES], default="auto", help="where to compute")
     add("--data", help="folder of the images, or demo (default: as in training)")
     add("--output", type=Path, help="folder for the pictures (default: that of the checkpoint)")
     return parser
 
 
+def predict_all(model: ResNet18, images: np.ndarray, stats: tuple, device: torch.device) -> torch.Tensor:
+    """Logits (N, classes) on the CPU of all images (N, 32, 32, 3) uint8, with a progress line."""
+    progress, batches = utils.Progress(), torch.from_numpy(images).split(EVAL_BATCH)
+
+    def normalized():
+        for i, batch in enumerate(batches):
+            progress.show(f"evaluating the test set: {i / len(batches):4.0%}")
+            yield data.normalize(batch.to(device), *stats)
+
+    logits = utils.predict(model, normalized(), utils.choose_precision("auto", device)).cpu()
+    progress.show("")
+    return logits
+
+
 def main() -> None:
     args = get_parser().parse_args()
-    device = choose_device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint, "checkpoint")
+    device = utils.choose_device(args.device)
+    checkpoint = utils.load_checkpoint(args.checkpoint, "checkpoint")
     output = args.output or args.checkpoint.parent
-    make_folder(output)
-    classes, stats = checkpoint["classes"], (checkpoint["mean"], checkpoint["std"])
+    utils.make_folder(output)
+    name, classes, stats = checkpoint["name"], checkpoint["classes"], (checkpoint["mean"], checkpoint["std"])
     model = ResNet18(len(classes), checkpoint["norm"]).to(device, memory_format=torch.channels_last)
     model.load_state_dict(checkpoint["model"])
-    test = load_split(args.data or checkpoint["data"], "test")
+    test = data.load_split(args.data or checkpoint["data"], "test")
     if test.classes != classes:
-        raise RunError(
-            f"the checkpoint knows other classes ({', '.join(classes)}) than the data: name its --data"
+        raise utils.RunError(
+            f"the checkpoint has the classes {', '.join(classes)}; the data has others: see --data"
         )
 
-    progress, batches = Progress(), torch.from_numpy(test.images).split(EVAL_BATCH)
-
-    def normalized_batches():
-        for i, images in enumerate(batches):
-            progress.show(f"evaluating the test set: {i / len(batches):4.0%}")
-            yield normalize(images.to(device), *stats)
-
-    logits = predict(model, normalized_batches(), choose_precision("auto", device)).cpu()
-    progress.show("")
-    labels = torch.from_numpy(test.labels)
+    # Which errors?
+    logits, labels = predict_all(model, test.images, stats, device), torch.from_numpy(test.labels)
     chosen = choose_errors(logits, labels, args.n, args.seed)
     errors = int((logits.argmax(1) != labels).sum())
-    print(
-        f"{checkpoint['name']}: {errors:,} of {len(labels):,} test images are misclassified ({errors / len(labels):.2%})"
-    )
+    print(f"{name}: {errors:,} of {len(labels):,} test images are misclassified ({errors / len(labels):.2%})")
     if errors == 0:
         return print("There is nothing to show.")
     if errors < args.n:
         print(f"Only {errors} of the {args.n} that --n asks for.")
-
     confidences, predicted = logits[chosen].softmax(1).max(1)
     names = [(classes[p], classes[t]) for p, t in zip(predicted, labels[chosen], strict=True)]
-    print(f"{'test index':>10}  {'true':12}{'predicted':12}{'confidence':>10}")
-    for index, (p, t), confidence in zip(chosen.tolist(), names, confidences.tolist(), strict=True):
-        print(f"{index:10}  {t:12}{p:12}{confidence:10.1%}")
+    print("test index  true        predicted   confidence")
+    for index, (guess, truth), confidence in zip(chosen.tolist(), names, confidences.tolist(), strict=True):
+        print(f"{index:10}  {truth:12}{guess:12}{confidence:10.1%}")
 
-    images = test.images[chosen]
-    pairs = (
-        torch.stack([predicted, labels[chosen]], 1).flatten().to(device)
-    )  # (2 n,): predicted, true, predicted, ...
-    repeated = normalize(torch.from_numpy(images).to(device), *stats).repeat_interleave(2, 0)
-    maps = (
-        GradCAM(model, args.layer).heatmaps(repeated, pairs).cpu().numpy().reshape(-1, 2, *images.shape[1:3])
-    )
-    picked = "picked at random" if args.seed is not None else "most confident first"
-    titles = [
-        f"true: {t}\npredicted: {p} ({c:.0%})" for (p, t), c in zip(names, confidences.tolist(), strict=True)
-    ]
-    heading = f"Misclassified test images of {checkpoint['name']}, {picked}"
-    save_figure(plot_images(images, titles, heading), output / "misclassified.png")
-    titles = [title.replace("\n", ", ") for title in titles]
-    heading = f"Grad-CAM ({args.layer}) of misclassified test images of {checkpoint['name']}, {picked}"
-    save_figure(plot_heatmaps(images, maps, names, titles, heading), output / "gradcam.png")
-    print(f"Written to {output}: misclassified.png gradcam.png")
+    # Why? Each image twice: for the predicted class and for the true one.
+    images, pairs = test.images[chosen], torch.stack([predicted, labels[chosen]], 1).flatten().to(device)
+    twice = data.normalize(torch.from_numpy(images).to(device), *stats).repeat_interleave(2, 0)
+    maps = GradCAM(model, args.layer).heatmaps(twice, pairs).unflatten(0, (-1, 2)).cpu().numpy()
+
+    titles = [f"true: {t}, predicted: {p} ({c:.0%})" for (p, t), c in zip(names, confidences, strict=True)]
+    heading = f"test images of {name}, {'most confident first' if args.seed is None else 'picked at random'}"
+    figure = plot_images(images, [title.replace(", ", "\n") for title in titles], f"Misclassified {heading}")
+    utils.save_figure(figure, output / "misclassified.png")
+    figure = plot_heatmaps(images, maps, names, titles, f"Grad-CAM ({args.layer}) of misclassified {heading}")
+    utils.save_figure(figure, output / "gradcam.png")
+    print(f"Written to {output}: misclassified.png, gradcam.png")
 
 
 if __name__ == "__main__":
-    run(main, DataError)
+    utils.run(main, data.DataError)

@@ -1,4 +1,4 @@
-"""ResNet18 for 32x32 images: the network of He et al. (2015), https://arxiv.org/abs/1512.03385, in its CIFAR form.
+"""ResNet18 (He et al. 2015, https://arxiv.org/abs/1512.03385) in the form for 32x32 images.
 
 python model.py        print the stages: output shape and parameters
 """

@@ -39,7 +39,7 @@ from model import ResNet18, count_parameters
 
 pytestmark = pytest.mark.filterwarnings("error")
 HERE = Path(__file__).parent
-MEAN = data.CIFAR10_MEAN
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
 
 
 def script(*words, cwd=None) -> subprocess.CompletedProcess:
@@ -453,7 +453,10 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert utils.choose_precision("auto", cuda) is torch.float16  # a T4
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert utils.choose_precision("auto", cuda) is torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert utils.choose_precision("auto", cpu) is torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert utils.choose_precision("auto", cpu) is torch.float32
     assert utils.choose_precision("bf16", cpu) is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -608,13 +611,8 @@ def test_overwrite_removes_the_old_run_only_when_the_new_one_writes(finished, im
     assert "16 training, 0 validation" in done.stdout
 
 
-def test_the_plateau_cuts_the_rate_and_says_so(images, tmp_path):
-    flags = ("--patience", 0, "--factor", 0.5, "--epochs", 4, "--lr", 1e-8, "--label-smoothing", 0)
-    done = call(train, "--data", images, "--output", tmp_path, *TINY, *flags)
-    assert done.returncode == 0, done.stderr
-    assert "plateau" not in done.stdout  # min_lr lies above such a rate: nothing is cut
-    model = nn.Linear(1, 1)
-    arguments = train.get_parser().parse_args(["--patience", "1"])
+def test_the_plateau_cuts_the_rate_and_says_so(capsys):
+    arguments = train.get_parser().parse_args(["--patience", "1", "--factor", "0.3"])
     training = train.build_training(arguments, 2, 10, torch.device("cpu"), False)
     scheduler, optimizer = training["scheduler"], training["optimizer"]
     optimizer.param_groups[0]["lr"] = 0.1  # as after the warm-up
@@ -623,7 +621,19 @@ def test_the_plateau_cuts_the_rate_and_says_so(images, tmp_path):
         scheduler.step(loss)
         rates.append(optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.1, 0.03, 0.03, 0.03, 0.009])
-    assert model is not None
+    for _ in range(50):
+        scheduler.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == train.MIN_LR
+    row = {
+        "epoch": 3,
+        "lr": 0.1,
+        "train_loss": 1,
+        "train_accuracy": 0.5,
+        "val_loss": None,
+        "val_accuracy": None,
+    }
+    train.print_epoch({**row, "images_per_second": 9, "seconds": 61}, 40, False, next_lr=0.03)
+    assert "plateau: the learning rate is cut from 0.10000 to 0.03000" in capsys.readouterr().out
 
 
 def test_the_rate_warms_up_then_stays():
@@ -642,7 +652,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run():
     model, split = ResNet18(10), random_split(4)
     nn.init.constant_(model.classifier[2].bias, math.nan)
     with pytest.raises(utils.RunError, match="validation loss"):
-        train.validate(model, split, nn.CrossEntropyLoss(), (MEAN, data.CIFAR10_STD), torch.float32)
+        train.validate(model, split, nn.CrossEntropyLoss(), (MEAN, STD), torch.float32)
 
 
 def test_fused_sgd_is_not_used_with_the_gradient_scaler():
@@ -652,8 +662,9 @@ def test_fused_sgd_is_not_used_with_the_gradient_scaler():
         assert training["optimizer"].param_groups[0]["fused"] is not fp16
         assert training["scaler"].is_enabled() is fp16
     fused = train.build_training(arguments, 2, 10, torch.device("cpu"), False)
-    state = {name: part.state_dict() for name, part in fused.items()} | {"history": []}
-    train.restore(training, state)
+    facts = {"classes": ["a", "b"], "mean": [0.5], "std": [0.5], "data": "data"}
+    state = {name: part.state_dict() for name, part in fused.items()} | {"history": [], **facts}
+    train.restore(training, state, facts)
     assert training["optimizer"].param_groups[0]["fused"] is False
 
 

@@ -6,8 +6,6 @@ python train.py --resume                    go on after a stop
 """
 
 import argparse
-import csv
-import io
 import math
 import os
 import time
@@ -23,8 +21,8 @@ import utils
 from model import NORMS, ResNet18, count_parameters
 
 MOMENTUM = 0.9
-# Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth that
-# with the customary 0.01 % every epoch is a little better than the last, and the rate is cut far too late.
+# Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth
+# that with the default of 0.01 % almost every epoch is progress, and the rate is cut far too late.
 PLATEAU_THRESHOLD = 0.01
 MIN_LR = 1e-4
 WARMUP_STEPS = (
@@ -41,6 +39,9 @@ def get_parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description="Train ResNet18 on CIFAR-10.", formatter_class=formatter)
     count = utils.number(int, 1, 1_000_000, "a whole number from 1 to 1000000")
+    whole = utils.number(int, 0, 1_000, "a whole number from 0 to 1000")
+    processes = utils.number(int, 0, 64, "a whole number from 0 to 64")
+    seed = utils.number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
     rate = utils.number(float, 1e-9, 1e6, "a number above 0")
     factor = utils.number(float, 0.001, 0.999, "a number between 0 and 1")
     share = utils.number(float, 0, 0.9, "a number from 0 to 0.9")
@@ -49,35 +50,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("outputs"), help="folder for all that is written")
     add("--epochs", type=count, default=40, help="passes over the training images")
     add("--batch-size", type=count, default=128, help="images a step")
-    add("--lr", type=rate, default=0.1, help="learning rate at the start")
-    add(
-        "--weight-decay",
-        type=utils.number(float, 0, 1, "a number from 0 to 1"),
-        default=5e-4,
-        help="L2 penalty",
-    )
+    add("--lr", type=rate, default=0.1, help="learning rate after the warm-up")
+    add("--weight-decay", type=share, default=5e-4, help="L2 penalty")
     add("--factor", type=factor, default=0.3, help="what a plateau multiplies the learning rate by")
-    add(
-        "--patience",
-        type=utils.number(int, 0, 10000, "a whole number from 0"),
-        default=1,
-        help="epochs without progress before a cut",
-    )
+    add("--patience", type=whole, default=1, help="epochs without progress that are let pass before a cut")
     add("--label-smoothing", type=share, default=0.1, help="share of the label spread over all classes")
     add("--val-split", type=share, default=0.1, help="share of the training images kept for validation")
     add("--train-size", type=count, help="train on so many images (default: all)")
     add("--norm", choices=NORMS, default="batch", help="normalisation layers")
-    add(
-        "--workers",
-        type=utils.number(int, 0, 64, "a whole number from 0 to 64"),
-        help="processes that augment (default: by device)",
-    )
-    add(
-        "--seed",
-        type=utils.number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
-        default=0,
-        help="of all randomness",
-    )
+    add("--workers", type=processes, help="processes that augment (default: 1 on a CPU, up to 16 on a GPU)")
+    add("--seed", type=seed, default=0, help="of all randomness")
     add("--device", choices=["auto", *utils.DEVICES], default="auto", help="where to compute")
     add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="of convolutions")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
@@ -99,26 +81,20 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     file = args.output / "last.pt" if args.resume is True else Path(args.resume)
     state = utils.load_checkpoint(file, "last state")
     saved = state["settings"]
-    parser.set_defaults(
-        **saved, output=file.parent
-    )  # now a setting that differs from the saved one was given
-    args = parser.parse_args()
+    parser.set_defaults(**saved, output=file.parent)
+    args = parser.parse_args()  # what differs from the saved settings now was given by a flag
     for name in FIXED_SETTINGS:
         if getattr(args, name) != saved[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            parser.error(
-                f"{flag} would change the run, which has {saved[name]}: leave it out or start a new run"
-            )
+            parser.error(f"{flag} would change the run, which has {saved[name]}: leave it out")
     return args, state
 
 
-def build_training(
-    args: argparse.Namespace, classes: int, steps: int, device: torch.device, fp16: bool
-) -> dict:
+def build_training(args, classes: int, steps: int, device: torch.device, fp16: bool) -> dict:
     """Everything that has a state: model, averaged, optimizer, scheduler, warmup, scaler."""
     torch.manual_seed(args.seed)
     model = ResNet18(classes, args.norm).to(device, memory_format=torch.channels_last)
-    # The weights averaged over about the last epoch are validated, tested and kept: less noisy, and more accurate.
+    # Validated, tested and kept are the weights averaged over about the last epoch: less noisy, more accurate.
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
     parameters, decay = model.parameters(), args.weight_decay
     # Fused is faster; but when the scaler skips its very first step, the momentum is left uninitialised.
@@ -132,8 +108,10 @@ def build_training(
     return {**training, "warmup": warmup, "scaler": scaler}
 
 
-def restore(training: dict, state: dict) -> list[dict]:
-    """Load a saved state into `training`; returns the history, a row an epoch."""
+def restore(training: dict, state: dict, facts: dict) -> list[dict]:
+    """Load a saved state into `training` and return its history. Raises RunError for other data."""
+    if any(state[key] != facts[key] for key in ("classes", "mean", "std")):
+        raise utils.RunError(f"--data {facts['data']}: not the images that the run was started with")
     fused = training["optimizer"].param_groups[0]["fused"]
     for name, part in training.items():
         if state[name]:  # a scaler that is not used has none
@@ -192,7 +170,7 @@ def evaluate(model: nn.Module, split: data.Split, stats, precision) -> tuple[tor
 
 
 def validate(model: nn.Module, split: data.Split, criterion, stats, precision) -> dict:
-    """val_loss and val_accuracy in [0, 1]; both None without validation images. Raises RunError for a loss of NaN."""
+    """val_loss and val_accuracy in [0, 1]; None without validation images. Raises RunError for NaN."""
     if not len(split.labels):
         return {"val_loss": None, "val_accuracy": None}
     logits, labels = evaluate(model, split, stats, precision)
@@ -202,71 +180,72 @@ def validate(model: nn.Module, split: data.Split, criterion, stats, precision) -
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
-def save_epoch(
-    output: Path, training: dict, history: list[dict], facts: dict, is_best: bool, is_last: bool
-) -> None:
-    """Write checkpoint.pt if this epoch is the best; last.pt; history.csv; and from time to time curves.png."""
+def save_epoch(output: Path, training: dict, history: list[dict], facts: dict, is_best: bool) -> None:
+    """Write checkpoint.pt if this epoch is the best; last.pt; history.csv; now and then curves.png."""
     if len(history) == 1:  # a run that is replaced goes now, and its last pictures with it
-        for name in ("confusion.png", "misclassified.png", "gradcam.png"):
+        for name in ("curves.png", "confusion.png", "misclassified.png", "gradcam.png"):
             (output / name).unlink(missing_ok=True)
     if is_best:
-        weights = training["averaged"].module.state_dict()
-        state = {"kind": "checkpoint", **facts, **history[-1], "model": weights}
-        utils.save_checkpoint(state, output / "checkpoint.pt")
+        best = {
+            "kind": "checkpoint",
+            **facts,
+            **history[-1],
+            "model": training["averaged"].module.state_dict(),
+        }
+        utils.save_checkpoint(best, output / "checkpoint.pt")
     states = {name: part.state_dict() for name, part in training.items()}
     utils.save_checkpoint({"kind": "last state", **facts, **states, "history": history}, output / "last.pt")
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, history[0])
-    writer.writeheader()
-    writer.writerows(history)
     with utils.replacing(output / "history.csv") as file:
-        file.write(table.getvalue().encode())
+        for row in (history[0], *(row.values() for row in history)):
+            file.write((",".join("" if value is None else str(value) for value in row) + "\n").encode())
     curves = output / "curves.png"
-    if is_last or len(history) == 1 or time.time() - curves.stat().st_mtime > PLOT_SECONDS:
-        title = f"ResNet18 on {facts['name']}, {facts['norm']} norm, seed {facts['settings']['seed']}"
-        utils.save_figure(utils.plot_curves(history, title), curves)
+    if not curves.exists() or time.time() - curves.stat().st_mtime > PLOT_SECONDS:
+        save_curves(output, history, facts)
 
 
-def print_header(args: argparse.Namespace, name: str, sizes: list[int], model: ResNet18, precision) -> None:
-    device = next(model.parameters()).device
+def save_curves(output: Path, history: list[dict], facts: dict) -> None:
+    title = f"ResNet18 on {facts['name']}, {facts['norm']} norm, seed {facts['settings']['seed']}"
+    utils.save_figure(utils.plot_curves(history, title), output / "curves.png")
+
+
+def seconds_a_step(batch_size: int, norm: str, precision: torch.dtype) -> float:
+    """On the CPU, from two steps on blank images of a network of its own; the first only warms up."""
+    model = ResNet18(norm=norm).to(memory_format=torch.channels_last)
+    images = torch.zeros(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        start = time.perf_counter()
+        with utils.autocast(images.device, precision):
+            loss = model(images).sum()
+        loss.backward()
+    return time.perf_counter() - start
+
+
+def print_header(args, name: str, sizes: list[int], model: ResNet18, device, precision: torch.dtype) -> None:
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print("data      {}: {:,} training, {:,} validation, {:,} test images".format(name, *sizes))
     print(
-        f"network   ResNet18, {args.norm} norm, {model.classes} classes, {count_parameters(model):,} parameters"
+        f"network   ResNet18, {args.norm} norm, {count_parameters(model):,} parameters, {model.classes} classes"
     )
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(
-        f"device    {hardware}, {str(precision).removeprefix('torch.')}\nseed      {args.seed}\noutput    {args.output}"
-    )
+    print(f"device    {hardware}, {str(precision).removeprefix('torch.')}")
+    print(f"seed      {args.seed}\noutput    {args.output}")
     if device.type == "cpu":
-        trial, batch = (
-            ResNet18(model.classes).to(memory_format=torch.channels_last),
-            min(args.batch_size, sizes[0]),
-        )
-        for _ in range(2):  # two steps on blank images; the first only warms up
-            start = time.perf_counter()
-            with utils.autocast(device, precision):
-                logits = trial(torch.zeros(batch, 3, 32, 32).to(memory_format=torch.channels_last))
-            logits.sum().backward()
-        epoch = utils.clock((time.perf_counter() - start) * sizes[0] / batch)
-        print(f"There is no GPU in use: an epoch will take about {epoch}, with one it would take seconds.")
-    print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s    time", flush=True)
+        batch_size = min(args.batch_size, sizes[0])
+        epoch = utils.clock(seconds_a_step(batch_size, args.norm, precision) * sizes[0] / batch_size)
+        print(f"There is no GPU in use: an epoch will take about {epoch}; with one it would take seconds.")
+    print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s    time")
 
 
 def print_epoch(row: dict, epochs: int, is_best: bool, next_lr: float) -> None:
-    validation = (
-        f"{row['val_loss']:8.4f}  {row['val_accuracy']:8.4f}" if row["val_loss"] else f"{'-':>8}  {'-':>8}"
-    )
-    print(
-        f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.5f}   {row['train_loss']:10.4f}  {row['train_accuracy']:8.4f}   "
-        f"{validation}   {row['images_per_second']:8,.0f}  {utils.clock(row['seconds']):>6}{'  best' * is_best}"
-    )
+    values = [row["train_loss"], row["train_accuracy"], row["val_loss"], row["val_accuracy"]]
+    losses = "{:>10}  {:>8}   {:>8}  {:>8}".format(*("-" if v is None else f"{v:.4f}" for v in values))
+    speed = f"{row['images_per_second']:8,.0f}  {utils.clock(row['seconds']):>6}"
+    mark = "  best" if is_best and row["val_loss"] is not None else ""
+    print(f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.5f}   {losses}   {speed}{mark}")
     if next_lr < row["lr"]:
         print(f"        plateau: the learning rate is cut from {row['lr']:.5f} to {next_lr:.5f}")
 
 
-def final_test(
-    output: Path, test: data.Split, model: nn.Module, precision: torch.dtype, seconds: float
-) -> None:
+def final_test(output: Path, test: data.Split, model: nn.Module, precision: torch.dtype) -> None:
     """Evaluate checkpoint.pt on the test set, once; print accuracies, write confusion.png."""
     best = utils.load_checkpoint(output / "checkpoint.pt", "checkpoint")
     model.load_state_dict(best["model"])
@@ -276,16 +255,12 @@ def final_test(
     accuracy = confusion.trace().item() / len(labels)
     utils.save_checkpoint({**best, "test_accuracy": accuracy}, output / "checkpoint.pt")
     title = (
-        f"ResNet18 on {best['name']}: {accuracy:.2%} of {len(labels):,} test images, epoch {best['epoch']}"
+        f"ResNet18 on {best['name']}: {accuracy:.2%} of {len(labels):,} test images (epoch {best['epoch']})"
     )
     utils.save_figure(utils.plot_confusion(confusion, test.classes, title), output / "confusion.png")
-
     print(f"\nTest accuracy on {best['name']}: {accuracy:.2%}, with the weights of epoch {best['epoch']}")
     for name, row, right in zip(test.classes, confusion, confusion.diagonal(), strict=True):
         print(f"    {name:12} {right / row.sum():8.2%}")
-    print(f"Trained for {utils.clock(seconds)}.")
-    print(f"Written to {output}: checkpoint.pt, last.pt, history.csv, curves.png, confusion.png")
-    print(f"Next: python gradcam.py --n 10 --checkpoint {output / 'checkpoint.pt'}")
 
 
 def main() -> None:
@@ -294,14 +269,15 @@ def main() -> None:
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
     on_gpu = device.type == "cuda"
+    torch.backends.cudnn.benchmark = (
+        True  # all batches have one size: time the algorithms once, keep the fastest
+    )
 
     # Data
     train, test = data.load_train_test(args.data)
     stats = data.channel_statistics(train.images)
-    train_indices, val_indices = data.split_validation(
-        train.labels, args.val_split, args.train_size, args.seed
-    )
-    validation, train = train[val_indices], train[train_indices]
+    indices = data.split_validation(train.labels, args.val_split, args.train_size, args.seed)
+    train, validation = (train[part] for part in indices)
     workers = args.workers
     if workers is None:
         workers = min(16, os.cpu_count() or 1) if on_gpu else 1
@@ -311,50 +287,45 @@ def main() -> None:
     training = build_training(args, len(train.classes), len(loader), device, precision == torch.float16)
     model, averaged, optimizer, scheduler, *_ = training.values()
     settings = {
-        name: value for name, value in vars(args).items() if name not in ("output", "resume", "overwrite")
+        key: value for key, value in vars(args).items() if key not in ("output", "resume", "overwrite")
     }
     facts = {"name": data.data_name(args.data), "data": args.data, "norm": args.norm, "settings": settings}
     facts |= {"classes": train.classes, "mean": stats[0], "std": stats[1]}
-    history = []
-    if state:
-        if any(state[key] != facts[key] for key in ("classes", "mean", "std")):
-            raise utils.RunError(
-                f"--data {args.data}: these are not the images that the run was started with"
-            )
-        history = restore(training, state)
+    history = restore(training, state, facts) if state else []
+    step_model = torch.compile(model) if args.compile else model
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    faster_model = torch.compile(model) if args.compile else model
-    print_header(
-        args, facts["name"], [len(part.labels) for part in (train, validation, test)], model, precision
-    )
+    sizes = [len(split.labels) for split in (train, validation, test)]
+    print_header(args, facts["name"], sizes, model, device, precision)
 
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            start = time.perf_counter()
+            start, left = time.perf_counter(), args.epochs - epoch
             loader.sampler.epoch = epoch
-            row = train_one_epoch(
-                faster_model, training, loader, criterion, stats, precision, args.epochs - epoch
-            )
+            row = train_one_epoch(step_model, training, loader, criterion, stats, precision, left)
             if epoch == 1:  # begin the average anew, without the random weights of the start
                 averaged.n_averaged.zero_()
                 averaged.update_parameters(model)
             row |= validate(averaged.module, validation, criterion, stats, precision)
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
-            row = {"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start}
-            is_best = not args.val_split or all(
-                row["val_accuracy"] > past["val_accuracy"] for past in history
+            history.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
+
+            is_best = not args.val_split or row["val_accuracy"] > max(
+                [0, *(h["val_accuracy"] for h in history[:-1])]
             )
-            history.append(row)
-            save_epoch(args.output, training, history, facts, is_best, is_last=epoch == args.epochs)
-            print_epoch(row, args.epochs, is_best and args.val_split > 0, optimizer.param_groups[0]["lr"])
+            save_epoch(args.output, training, history, facts, is_best)
+            print_epoch(history[-1], args.epochs, is_best, optimizer.param_groups[0]["lr"])
     except KeyboardInterrupt as stop:
         if history:
-            stop.args = (
-                f"after epoch {len(history)}; to go on: python train.py --resume {args.output / 'last.pt'}",
-            )
+            resume = f"python train.py --resume {args.output / 'last.pt'}"
+            stop.args = (f"after epoch {len(history)}; to go on: {resume}",)
         raise
-    final_test(args.output, test, averaged.module, precision, sum(row["seconds"] for row in history))
+
+    save_curves(args.output, history, facts)
+    final_test(args.output, test, averaged.module, precision)
+    print(f"Trained for {utils.clock(sum(row['seconds'] for row in history))}.")
+    print(f"Written to {args.output}: checkpoint.pt, last.pt, history.csv, curves.png, confusion.png")
+    print(f"Next: python gradcam.py --n 10 --checkpoint {args.output / 'checkpoint.pt'}")
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "cpu":
-        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        # Without these instructions bfloat16 is many times slower than float32.
-        return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+        # Without instructions for it bfloat16 is many times slower than float32. (bool() is False.)
+        checks = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile")]
+        return torch.bfloat16 if any(check() for check in checks) else torch.float32
     return torch.float32
 
 
@@ -61,7 +61,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[torch.Tensor], precision: torch.dtype) -> torch.Tensor:
-    """Logits (N, classes) float32 of normalised batches (B, 3, 32, 32), on their device, in evaluation mode."""
+    """Logits (N, classes) float32 of normalised batches (B, 3, 32, 32), in evaluation mode."""
     model.eval()
     logits = []
     for images in batches:
@@ -75,7 +75,7 @@ def predict(model: nn.Module, batches: Iterable[torch.Tensor], precision: torch.
 
 @contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedWriter]:
-    """Open a temporary file for writing that takes the place of `path` at the end: all of it or, on an error, nothing.
+    """Open a temporary file for writing; at the end it takes the place of `path`, on an error it vanishes.
 
     Raises RunError when the file cannot be written.
     """
@@ -108,7 +108,7 @@ def make_folder(folder: Path) -> None:
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
-    """Save plain numbers, strings, lists, dicts and tensors, so that `load_checkpoint` needs to run no code."""
+    """Save numbers, strings, lists, dicts and tensors only, so that loading needs to run no code."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with replacing(path) as file:
@@ -116,7 +116,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:
-    """The dict that was saved with state["kind"] == kind, tensors on the CPU. Raises RunError for anything else."""
+    """The saved dict, with tensors on the CPU. Raises RunError unless its "kind" is `kind`."""
     if not path.is_file():
         raise RunError(
             f"there is no checkpoint {path}: run train.py first, or name the file of an earlier run"
@@ -192,7 +192,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def run(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Call main(); an expected error, Ctrl-C or SIGTERM becomes one line on standard error and an exit status."""
+    """Call main(); an expected error, Ctrl-C or SIGTERM becomes one line and an exit status."""
 
     def terminate(signum, frame):
         raise Terminated
@@ -216,8 +216,8 @@ def run(main: Callable[[], None], *errors: type[Exception]) -> None:
 def plot_curves(history: list[dict], title: str) -> Figure:
     """Loss, accuracy and learning rate over the epochs; dotted lines where the plateau cut the rate.
 
-    history: a row an epoch with epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy (the last two may be
-    None), the accuracies in [0, 1].
+    history: a row an epoch with epoch, lr, train_loss, train_accuracy, val_loss and val_accuracy (these two may
+    be None), accuracies in [0, 1].
     """
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -248,7 +248,7 @@ def plot_curves(history: list[dict], title: str) -> Figure:
 
 
 def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str) -> Figure:
-    """A confusion matrix: counts (true class, predicted class), rows shaded by share, accuracy beside each class."""
+    """A matrix of counts (true class, predicted class), shaded by row; each class with its accuracy."""
     count = len(classes)
     shares = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
     size = max(5.5, 0.62 * count + 2)
