@@ -94,7 +94,7 @@ def build_training(args, classes: int, steps: int, device: torch.device, fp16: b
     """Everything that has a state: model, averaged, optimizer, scheduler, warmup, scaler."""
     torch.manual_seed(args.seed)
     model = ResNet18(classes, args.norm).to(device, memory_format=torch.channels_last)
-    # Validated, tested and kept are the weights averaged over about the last epoch: less noisy, more accurate.
+    # Validated, tested and kept are the weights averaged over about the last epoch: they are better.
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
     parameters, decay = model.parameters(), args.weight_decay
     # Fused is faster; but when the scaler skips its very first step, the momentum is left uninitialised.
@@ -224,7 +224,7 @@ def print_header(args, name: str, sizes: list[int], model: ResNet18, device, pre
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print("data      {}: {:,} training, {:,} validation, {:,} test images".format(name, *sizes))
     print(
-        f"network   ResNet18, {args.norm} norm, {count_parameters(model):,} parameters, {model.classes} classes"
+        f"network   ResNet18, {args.norm} norm, {model.classes} classes, {count_parameters(model):,} weights"
     )
     print(f"device    {hardware}, {str(precision).removeprefix('torch.')}")
     print(f"seed      {args.seed}\noutput    {args.output}")

@@ -216,8 +216,8 @@ def run(main: Callable[[], None], *errors: type[Exception]) -> None:
 def plot_curves(history: list[dict], title: str) -> Figure:
     """Loss, accuracy and learning rate over the epochs; dotted lines where the plateau cut the rate.
 
-    history: a row an epoch with epoch, lr, train_loss, train_accuracy, val_loss and val_accuracy (these two may
-    be None), accuracies in [0, 1].
+    history: a row an epoch with epoch, lr, train_loss, train_accuracy, val_loss and val_accuracy (both may be
+    None), accuracies in [0, 1].
     """
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
