@@ -307,7 +307,7 @@ def test_demo_is_the_same_each_time_and_its_boxes_hold_the_shapes():
         outside[top:bottom, left:right] = False
         assert 0 <= left < right <= 32 and 0 <= top < bottom <= 32
         if outside.sum() > 50:
-            assert image[outside].std(0).max() < 15  # noise and nothing else
+            assert image[outside].std(0).max() < 30  # noise and nothing else
             assert abs(image[outside].mean(0) - image[~outside].mean(0)).max() > 20
 
 
@@ -613,7 +613,7 @@ def test_overwrite_removes_the_old_run_only_when_the_new_one_writes(finished, im
 
 def test_the_plateau_cuts_the_rate_and_says_so(capsys):
     arguments = train.get_parser().parse_args(["--patience", "1", "--factor", "0.3"])
-    training = train.build_training(arguments, 2, 10, torch.device("cpu"), False)
+    training = train.build_training(arguments, 2, torch.device("cpu"), False)
     scheduler, optimizer = training["scheduler"], training["optimizer"]
     optimizer.param_groups[0]["lr"] = 0.1  # as after the warm-up
     rates = []
@@ -638,7 +638,7 @@ def test_the_plateau_cuts_the_rate_and_says_so(capsys):
 
 def test_the_rate_warms_up_then_stays():
     arguments = train.get_parser().parse_args([])
-    training = train.build_training(arguments, 2, 10, torch.device("cpu"), False)
+    training = train.build_training(arguments, 2, torch.device("cpu"), False)
     rates = []
     for _ in range(train.WARMUP_STEPS + 20):
         training["optimizer"].step()
@@ -658,14 +658,22 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run():
 def test_fused_sgd_is_not_used_with_the_gradient_scaler():
     arguments = train.get_parser().parse_args([])
     for fp16 in (False, True):
-        training = train.build_training(arguments, 2, 10, torch.device("cpu"), fp16)
+        training = train.build_training(arguments, 2, torch.device("cpu"), fp16)
         assert training["optimizer"].param_groups[0]["fused"] is not fp16
         assert training["scaler"].is_enabled() is fp16
-    fused = train.build_training(arguments, 2, 10, torch.device("cpu"), False)
+    fused = train.build_training(arguments, 2, torch.device("cpu"), False)
     facts = {"classes": ["a", "b"], "mean": [0.5], "std": [0.5], "data": "data"}
     state = {name: part.state_dict() for name, part in fused.items()} | {"history": [], **facts}
     train.restore(training, state, facts)
     assert training["optimizer"].param_groups[0]["fused"] is False
+
+
+def test_help_shows_every_flag_and_its_default():
+    for module in (train, gradcam):
+        assert module.get_parser().format_help().count("(default") >= 5
+    flags = "data output epochs batch-size lr weight-decay factor patience label-smoothing val-split train-size norm"
+    for flag in (*flags.split(), "workers", "seed", "device", "precision", "compile", "resume", "overwrite"):
+        assert f"--{flag} " in train.get_parser().format_help()
 
 
 BAD_FLAGS = ["--n 0", "--n x", "--layer layer9", "--seed -1", "--device tpu"]
@@ -742,6 +750,27 @@ def test_a_stopped_run_ends_with_one_line_and_can_go_on(number, status, images, 
         train, "--resume", tmp_path / "last.pt", "--epochs", epochs
     )  # nothing left to train: only the test
     assert done.returncode == 0 and "Test accuracy" in done.stdout
+
+
+def test_the_weights_kept_are_the_average_of_those_after_each_step(images):
+    """The oracle applies average = decay * average + (1 - decay) * weights, decay = 1 - 1 / steps, by hand."""
+    training = train.build_training(train.get_parser().parse_args([]), 2, torch.device("cpu"), False)
+    split = data.load_split(str(images), "train")
+    stats, after_steps = data.channel_statistics(split.images), []
+    loader = data.train_loader(split, stats[0], 4, 0, 0)
+    start = copy.deepcopy(training["averaged"].state_dict())
+    training["optimizer"].register_step_post_hook(
+        lambda *_: after_steps.append(copy.deepcopy(training["model"].state_dict()))
+    )
+    criterion = nn.CrossEntropyLoss()
+    train.train_one_epoch(training["model"], training, loader, criterion, stats, torch.float32, 0)
+    assert len(after_steps) == len(loader) == 4
+    for name, kept in training["averaged"].state_dict().items():
+        if kept.is_floating_point():
+            expected = start[name]
+            for weights in after_steps:
+                expected = 0.75 * expected + 0.25 * weights[name]
+            torch.testing.assert_close(kept, expected)
 
 
 # ---------------------------------------------------------------- gradcam.py
@@ -931,5 +960,3 @@ def test_the_scripts_run_from_any_folder_with_workers(images, tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
     done = script("data.py", "--data", images, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "augmentations.png").exists(), done.stderr
-    for name in ("train.py", "gradcam.py"):
-        assert "default" in script(name, "--help").stdout

@@ -6,6 +6,7 @@ python train.py --resume                    go on after a stop
 """
 
 import argparse
+import copy
 import math
 import os
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import utils
@@ -90,12 +91,12 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     return args, state
 
 
-def build_training(args, classes: int, steps: int, device: torch.device, fp16: bool) -> dict:
+def build_training(args, classes: int, device: torch.device, fp16: bool) -> dict:
     """Everything that has a state: model, averaged, optimizer, scheduler, warmup, scaler."""
     torch.manual_seed(args.seed)
     model = ResNet18(classes, args.norm).to(device, memory_format=torch.channels_last)
     # Validated, tested and kept are the weights averaged over about the last epoch: they are better.
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
+    averaged = copy.deepcopy(model)
     parameters, decay = model.parameters(), args.weight_decay
     # Fused is faster; but when the scaler skips its very first step, the momentum is left uninitialised.
     fused = device.type in ("cuda", "cpu") and not fp16
@@ -121,13 +122,22 @@ def restore(training: dict, state: dict, facts: dict) -> list[dict]:
     return state["history"]
 
 
+def float_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and running statistics: all that averaging makes sense for."""
+    return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+
+
 def train_one_epoch(model, training: dict, loader, criterion, stats, precision, epochs_left: int) -> dict:
     """One pass over the training images. Returns train_loss, train_accuracy in [0, 1] and images_per_second.
 
     Raises RunError when the loss is not finite.
     """
-    averaged, optimizer, scaler = training["averaged"], training["optimizer"], training["scaler"]
+    optimizer, scaler = training["optimizer"], training["scaler"]
     device = next(model.parameters()).device
+    average = get_ema_multi_avg_fn(
+        decay=1 - 1 / len(loader)
+    )  # AveragedModel would make the CPU wait each step
+    averaged_and_new = [float_tensors(training["averaged"]), float_tensors(training["model"])]
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     model.train()
     progress, start, count = utils.Progress(), time.perf_counter(), loader.sampler.count
@@ -141,7 +151,7 @@ def train_one_epoch(model, training: dict, loader, criterion, stats, precision, 
         scaler.step(optimizer)
         scaler.update()
         training["warmup"].step()
-        averaged.update_parameters(training["model"])
+        average(*averaged_and_new, None)
 
         # The sums stay on the device. Reading them makes the CPU wait, so that is done only to show them.
         loss_sum += loss.detach() * len(labels)
@@ -190,7 +200,7 @@ def save_epoch(output: Path, training: dict, history: list[dict], facts: dict, i
             "kind": "checkpoint",
             **facts,
             **history[-1],
-            "model": training["averaged"].module.state_dict(),
+            "model": training["averaged"].state_dict(),
         }
         utils.save_checkpoint(best, output / "checkpoint.pt")
     states = {name: part.state_dict() for name, part in training.items()}
@@ -284,7 +294,7 @@ def main() -> None:
     loader = data.train_loader(train, stats[0], args.batch_size, args.seed, workers, pin_memory=on_gpu)
 
     # Network, optimizer, scheduler
-    training = build_training(args, len(train.classes), len(loader), device, precision == torch.float16)
+    training = build_training(args, len(train.classes), device, precision == torch.float16)
     model, averaged, optimizer, scheduler, *_ = training.values()
     settings = {
         key: value for key, value in vars(args).items() if key not in ("output", "resume", "overwrite")
@@ -303,9 +313,8 @@ def main() -> None:
             loader.sampler.epoch = epoch
             row = train_one_epoch(step_model, training, loader, criterion, stats, precision, left)
             if epoch == 1:  # begin the average anew, without the random weights of the start
-                averaged.n_averaged.zero_()
-                averaged.update_parameters(model)
-            row |= validate(averaged.module, validation, criterion, stats, precision)
+                averaged.load_state_dict(model.state_dict())
+            row |= validate(averaged, validation, criterion, stats, precision)
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
             history.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
@@ -322,7 +331,7 @@ def main() -> None:
         raise
 
     save_curves(args.output, history, facts)
-    final_test(args.output, test, averaged.module, precision)
+    final_test(args.output, test, averaged, precision)
     print(f"Trained for {utils.clock(sum(row['seconds'] for row in history))}.")
     print(f"Written to {args.output}: checkpoint.pt, last.pt, history.csv, curves.png, confusion.png")
     print(f"Next: python gradcam.py --n 10 --checkpoint {args.output / 'checkpoint.pt'}")

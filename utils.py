@@ -208,6 +208,10 @@ def run(main: Callable[[], None], *errors: type[Exception]) -> None:
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU has too little memory: choose a smaller --batch-size or --device cpu")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a worker process died, perhaps for lack of memory: use fewer --workers, or 0")
 
 
 # ---------------------------------------------------------------- plots
