@@ -256,7 +256,7 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str) -> F
     count = len(classes)
     shares = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
     size = max(5.5, 0.62 * count + 2)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    figure = Figure(figsize=(size + 1.6, size), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
