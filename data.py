@@ -64,7 +64,7 @@ class Split(NamedTuple):
     labels: np.ndarray
     classes: list[str]
 
-    def __getitem__(self, indices: np.ndarray) -> "Split":
+    def subset(self, indices: np.ndarray) -> "Split":
         return Split(self.images[indices], self.labels[indices], self.classes)
 
 

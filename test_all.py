@@ -544,7 +544,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert not list(finished.glob("*.tmp"))
     state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
     assert state["classes"] == ["cat", "dog"] and state["test_accuracy"] >= 0 and len(state["mean"]) == 3
-    best = max(rows, key=lambda row: float(row["val_accuracy"]))
+    best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
     assert str(state["epoch"]) == best["epoch"] and state["val_accuracy"] == float(best["val_accuracy"])
 
 

@@ -163,10 +163,8 @@ def train_one_epoch(model, training: dict, loader, criterion, stats, precision, 
             if not math.isfinite(row["train_loss"]):
                 raise utils.RunError("the training loss is no longer a finite number: try a smaller --lr")
             left = utils.clock((epochs_left * count + count - seen) / speed)
-            progress.show(
-                f"{seen / count:4.0%}   loss {row['train_loss']:.4f}   accuracy {row['train_accuracy']:.4f}"
-                f"   {speed:,.0f} images/s   {left} left"
-            )
+            share, means = f"{seen / count:4.0%}", "loss {train_loss:.4f}  accuracy {train_accuracy:.4f}"
+            progress.show(f"{share}  {left} left  {means.format(**row)}  {speed:,.0f} images/s")
     progress.show("")
     return {**row, "images_per_second": seen / (time.perf_counter() - start)}
 
@@ -287,7 +285,7 @@ def main() -> None:
     train, test = data.load_train_test(args.data)
     stats = data.channel_statistics(train.images)
     indices = data.split_validation(train.labels, args.val_split, args.train_size, args.seed)
-    train, validation = (train[part] for part in indices)
+    train, validation = (train.subset(part) for part in indices)
     workers = args.workers
     if workers is None:
         workers = min(16, os.cpu_count() or 1) if on_gpu else 1
@@ -319,9 +317,7 @@ def main() -> None:
             scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
             history.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
 
-            is_best = not args.val_split or row["val_accuracy"] > max(
-                [0, *(h["val_accuracy"] for h in history[:-1])]
-            )
+            is_best = not args.val_split or history[-1] is utils.best_epoch(history)
             save_epoch(args.output, training, history, facts, is_best)
             print_epoch(history[-1], args.epochs, is_best, optimizer.param_groups[0]["lr"])
     except KeyboardInterrupt as stop:

@@ -217,6 +217,11 @@ def run(main: Callable[[], None], *errors: type[Exception]) -> None:
 # ---------------------------------------------------------------- plots
 
 
+def best_epoch(history: list[dict]) -> dict:
+    """The first row with the highest validation accuracy; among equals the one with the lowest loss."""
+    return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+
+
 def plot_curves(history: list[dict], title: str) -> Figure:
     """Loss, accuracy and learning rate over the epochs; dotted lines where the plateau cut the rate.
 
@@ -235,8 +240,8 @@ def plot_curves(history: list[dict], title: str) -> Figure:
                 name = "validation" if split == "val" else "training (augmented)"
                 axis.plot(epochs, [scale * v for v in values], markersize=3, label=name, **style)
         axis.set(title=quantity.capitalize(), xlabel="epoch", ylabel=f"{quantity} ({unit})")
-    best = max(history, key=lambda row: row["val_accuracy"] or 0)
-    if best["val_accuracy"] is not None:
+    if history[0]["val_accuracy"] is not None:
+        best = best_epoch(history)
         label = f"best: epoch {best['epoch']}, {100 * best['val_accuracy']:.2f} %"
         panels[1].plot(best["epoch"], 100 * best["val_accuracy"], "k*", markersize=12, label=label)
     panels[2].step(epochs, [row["lr"] for row in history], "k", where="mid", label="learning rate")
