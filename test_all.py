@@ -5,6 +5,7 @@ python -m pytest -q test_all.py
 
 import copy
 import csv
+import gc
 import hashlib
 import http.server
 import io
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -51,13 +53,16 @@ def script(*words, cwd=None) -> subprocess.CompletedProcess:
 def call(module, *words) -> subprocess.CompletedProcess:
     """The same in this process, which saves the seconds of the imports."""
     out, err, status = io.TextIOWrapper(io.BytesIO()), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         try:
-            utils.run(module.main, data.DataError)
+            utils.run(module.main)
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1
             print(stop.code if status == 1 else "", file=err)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     out.seek(0)
     return subprocess.CompletedProcess(words, status, out.read(), err.getvalue())
 
@@ -280,7 +285,7 @@ def test_split_is_stratified_disjoint_and_from_the_seed():
     )
     assert not set(training) & set(validation)
     assert len(data.split_validation(labels, 0, None, 0)[1]) == 0
-    with pytest.raises(data.DataError, match="4500"):
+    with pytest.raises(utils.RunError, match="4500"):
         data.split_validation(labels, 0.1, 4501, 0)
 
 
@@ -321,14 +326,54 @@ def test_folder_of_images_is_read_in_order_and_resized(tmp_path):
     assert loaded.images.shape == (2, 32, 32, 3) and loaded.images[:, 0, 0].tolist() == [[50] * 3, [200] * 3]
 
 
-def break_image(folder):
-    (folder / "train/cat/3.png").write_bytes((folder / "train/cat/3.png").read_bytes()[:60])
+def test_images_of_any_kind_are_read_as_rgb(tmp_path):
+    pixels = random_split(1).images[0]
+    colour, grey = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
+    transparent = Image.fromarray(np.dstack([pixels, pixels[..., :1]]))
+    colour.save(tmp_path / "colour.png")
+    grey.save(tmp_path / "grey.png")
+    transparent.save(tmp_path / "transparent.png")
+    grey.convert("P").save(tmp_path / "palette.png")
+    colour.save(tmp_path / "animated.png", save_all=True, append_images=[transparent.convert("RGB"), colour])
+    for name, expected in (
+        ("colour", pixels),
+        ("grey", pixels[..., :1].repeat(3, 2)),
+        ("transparent", pixels),
+        ("palette", pixels[..., :1].repeat(3, 2)),
+        ("animated", pixels),
+    ):
+        assert (np.asarray(data.read_image(tmp_path / f"{name}.png")) == expected).all(), name
+
+
+BAD_IMAGES = {
+    "cut.png": lambda good: good[:60],
+    "empty.png": lambda good: b"",
+    "text.jpg": lambda good: b"no image",
+    "flipped.png": lambda good: good[:300] + bytes([good[300] ^ 255]) + good[301:],
+    "grey16.png": lambda good: encoded(np.full((32, 32), 1000, np.uint16)),
+    "float.tif": lambda good: encoded(np.ones((32, 32), np.float32), "tiff"),
+    "huge.png": lambda good: encoded(np.zeros((10_000, 10_000), np.uint8)),
+}
+
+
+def encoded(pixels: np.ndarray, kind: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_named(tmp_path, name):
+    write_images(tmp_path)
+    file = tmp_path / "train/cat" / name
+    file.write_bytes(BAD_IMAGES[name]((tmp_path / "train/cat/3.png").read_bytes()))
+    with pytest.raises(utils.RunError, match=f"{name} cannot be read as an image: repair or remove it"):
+        data.load_split(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (break_image, ["3.png", "remove it"]),
         (lambda folder: [f.unlink() for f in (folder / "train/dog").iterdir()], ["dog"]),
         (lambda folder: shutil.rmtree(folder / "test/dog"), ["dog", "only one"]),
         (lambda folder: shutil.rmtree(folder / "test"), ["test"]),
@@ -336,7 +381,7 @@ def break_image(folder):
 )
 def test_bad_image_folders_are_named(tmp_path, damage, words):
     damage(write_images(tmp_path))
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(utils.RunError) as error:
         data.load_train_test(str(tmp_path))
     for word in words:
         assert word in str(error.value)
@@ -427,7 +472,7 @@ def test_an_archive_in_the_folder_is_used_and_a_damaged_one_named(small_cifar10,
     _, archive, md5 = small_cifar10
     file = tmp_path / "cifar-10-python.tar.gz"
     file.write_bytes(archive[:-5])
-    with pytest.raises(data.DataError, match="tar.gz is incomplete or damaged.*delete it"):
+    with pytest.raises(utils.RunError, match="tar.gz is incomplete or damaged.*delete it"):
         data.fetch_cifar10(tmp_path, {}, md5)
     file.write_bytes(archive)
     data.fetch_cifar10(tmp_path, {}, md5)
@@ -438,9 +483,9 @@ def test_an_archive_in_the_folder_is_used_and_a_damaged_one_named(small_cifar10,
 
 
 def test_without_any_address_three_ways_out_are_named(tmp_path):
-    with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*train/<class>.*--data demo"):
+    with pytest.raises(utils.RunError, match=r"cifar-10-python.tar.gz.*train/<class>.*--data demo"):
         data.fetch_cifar10(tmp_path, {})
-    with pytest.raises(data.DataError, match="no folder"):
+    with pytest.raises(utils.RunError, match="no folder"):
         data.load_split(str(tmp_path / "nowhere"), "train")
 
 
@@ -478,10 +523,34 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_clear_error(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"old")
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(utils.RunError, match="No space left"):
+    with pytest.raises(utils.RunError, match="last.pt cannot be written .No space left"):
         utils.save_checkpoint({"kind": "checkpoint"}, tmp_path / "last.pt")
-    assert not (tmp_path / "last.pt").exists()
+    assert (tmp_path / "last.pt").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file-size limits")
+def test_a_file_size_limit_is_one_clear_error(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(utils.RunError, match="last.pt cannot be written .File too large"):
+            utils.save_checkpoint({"kind": "last state", "model": torch.zeros(10_000)}, tmp_path / "last.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
+    (tmp_path / "lock").write_text("left by a run that was killed")
+    with utils.lock(tmp_path):
+        second = script("train.py", "--data", images, "--output", tmp_path, *TINY)
+        assert_one_line_error(second, 1, "another run", str(tmp_path))
+        assert [file.name for file in tmp_path.iterdir()] == ["lock"]
+    assert not list(tmp_path.iterdir())
 
 
 class Malicious:
@@ -504,12 +573,16 @@ def test_bad_checkpoints_are_refused_and_run_no_code(finished, tmp_path):
     with pytest.raises(utils.RunError):
         utils.load_checkpoint(bad, "checkpoint")
     assert not Path("/tmp/malicious-code-has-run").exists()
-    for state in ({"kind": "last state"}, {"epoch": 1}, [1, 2]):
+    for state in ({"kind": "last state"}, {"kind": "checkpoint", "epoch": 1}, {"epoch": 1}, [1, 2]):
         torch.save(state, bad)
         with pytest.raises(utils.RunError, match="not a checkpoint"):
             utils.load_checkpoint(bad, "checkpoint")
     with pytest.raises(utils.RunError, match="no checkpoint .*train.py"):
         utils.load_checkpoint(tmp_path / "missing.pt", "checkpoint")
+    state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
+    for norm, weights in (("layer", state["model"]), ("batch", {}), ("batch", [1]), ("batch", {"a": 1})):
+        utils.save_checkpoint({**state, "norm": norm, "model": weights}, bad)
+        assert_one_line_error(call(gradcam, "--checkpoint", bad), 1, "bad.pt", "another network")
 
 
 def test_progress_writes_only_to_a_terminal(capsys):
@@ -548,12 +621,9 @@ def test_a_run_writes_what_it_promises(finished):
     assert str(state["epoch"]) == best["epoch"] and state["val_accuracy"] == float(best["val_accuracy"])
 
 
-def test_resume_is_bit_identical(finished, images, tmp_path):
-    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 1)
-    assert done.returncode == 0, done.stderr
-    done = call(train, "--resume", tmp_path / "last.pt", "--epochs", 2, "--workers", 1)
-    assert done.returncode == 0, done.stderr
-    whole, resumed = (torch.load(folder / "last.pt", weights_only=True) for folder in (finished, tmp_path))
+def assert_same_run(*folders: Path) -> None:
+    """Two output folders hold the same files, and the same numbers bit for bit, but for times."""
+    whole, resumed = (utils.load_checkpoint(folder / "last.pt", "last state") for folder in folders)
     for name in ("model", "averaged"):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), (name, key)
@@ -563,6 +633,58 @@ def test_resume_is_bit_identical(finished, images, tmp_path):
             assert a[key] == b[key]
     for a, b in zip(*(s["optimizer"]["state"].values() for s in (whole, resumed)), strict=True):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+    best = [utils.load_checkpoint(folder / "checkpoint.pt", "checkpoint") for folder in folders]
+    for key in ("epoch", "val_accuracy", "test_accuracy"):
+        assert best[0][key] == best[1][key]
+    assert all(torch.equal(value, best[1]["model"][key]) for key, value in best[0]["model"].items())
+    rows = [len((folder / "history.csv").read_text().splitlines()) for folder in folders]
+    assert rows[0] == rows[1] == len(whole["history"]) + 1
+    names = [{file.name for file in folder.iterdir()} - {"log"} for folder in folders]
+    assert names[0] == names[1]
+
+
+def test_resume_is_bit_identical(finished, images, tmp_path):
+    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    done = call(train, "--resume", tmp_path / "last.pt", "--epochs", 2, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(finished, tmp_path)
+
+
+class Killed(BaseException):
+    """What nothing catches, as SIGKILL."""
+
+
+@pytest.mark.parametrize("file", ["last.pt", "checkpoint.pt", "history.csv"])
+def test_a_run_that_dies_while_saving_goes_on_as_if_it_had_not(file, finished, images, tmp_path, monkeypatch):
+    """It dies just before `file` of the second epoch is put in its place."""
+    replace, count = os.replace, 0
+
+    def replace_or_die(source, target):
+        nonlocal count
+        count += Path(target).name == file
+        if count == 2:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_or_die)
+        call(train, "--data", images, "--output", tmp_path, *TINY)
+    (tmp_path / "lock").touch()  # as it would be left
+    assert call(train, "--resume", tmp_path / "last.pt").returncode == 0
+    assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not(finished, images, tmp_path):
+    command = [sys.executable, HERE / "train.py", "--data", images, "--output", tmp_path, *TINY]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        while "1/2" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(np.random.default_rng().uniform(0, 1))
+        process.kill()
+    assert call(train, "--resume", tmp_path / "last.pt").returncode == 0
+    assert_same_run(finished, tmp_path)
 
 
 def test_resume_refuses_by_name_what_would_change_the_run(finished, images):
@@ -663,7 +785,7 @@ def test_fused_sgd_is_not_used_with_the_gradient_scaler():
         assert training["scaler"].is_enabled() is fp16
     fused = train.build_training(arguments, 2, torch.device("cpu"), False)
     facts = {"classes": ["a", "b"], "mean": [0.5], "std": [0.5], "data": "data"}
-    state = {name: part.state_dict() for name, part in fused.items()} | {"history": [], **facts}
+    state = {name: part.state_dict() for name, part in fused.items()} | facts
     train.restore(training, state, facts)
     assert training["optimizer"].param_groups[0]["fused"] is False
 
@@ -741,7 +863,7 @@ def test_a_stopped_run_ends_with_one_line_and_can_go_on(number, status, images, 
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert (
-        err.strip().startswith("stopped after epoch")
+        err.strip().startswith("stopped; to go on: ")
         and "--resume" in err
         and len(err.strip().splitlines()) == 1
     )
@@ -750,6 +872,49 @@ def test_a_stopped_run_ends_with_one_line_and_can_go_on(number, status, images, 
         train, "--resume", tmp_path / "last.pt", "--epochs", epochs
     )  # nothing left to train: only the test
     assert done.returncode == 0 and "Test accuracy" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_killed_worker_ends_the_run_with_one_line(images, tmp_path):
+    command = [sys.executable, HERE / "train.py", "--data", images, "--output", tmp_path, *TINY]
+    command = [*map(str, command), "--epochs", "5000", "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "2/5000" not in process.stdout.readline():
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    assert_one_line_error(done, 1, "a worker process died", "--workers")
+    assert len(err.strip().splitlines()) == 1
+    utils.load_checkpoint(tmp_path / "last.pt", "last state")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_long_run_leaves_nothing_behind(images, tmp_path, monkeypatch):
+    """Open files, threads, figures and memory after the third epoch and after the last."""
+    seen, save_epoch = [], train.save_epoch
+
+    def save_and_look(output, training, history, *rest):
+        save_epoch(output, training, history, *rest)
+        gc.collect()
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        figures = sum(type(item) is Figure for item in gc.get_objects())
+        files, threads = len(os.listdir("/proc/self/fd")), int(status["Threads"])
+        seen.append((files, threads, figures, int(status["VmRSS"].split()[0])))
+
+    monkeypatch.setattr(train, "save_epoch", save_and_look)
+    monkeypatch.setattr(train, "PLOT_SECONDS", 0)
+    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 8, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert seen[2][:3] == seen[-1][:3]
+    assert seen[-1][3] - seen[2][3] < 60_000  # kB
+
+
+def test_a_huge_learning_rate_stops_the_run_in_its_epoch(images, tmp_path):
+    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--lr", 1e6)
+    assert_one_line_error(done, 1, "no longer a finite number", "--lr")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_weights_kept_are_the_average_of_those_after_each_step(images):

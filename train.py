@@ -109,17 +109,19 @@ def build_training(args, classes: int, device: torch.device, fp16: bool) -> dict
     return {**training, "warmup": warmup, "scaler": scaler}
 
 
-def restore(training: dict, state: dict, facts: dict) -> list[dict]:
-    """Load a saved state into `training` and return its history. Raises RunError for other data."""
+def restore(training: dict, state: dict, facts: dict) -> None:
+    """Load a saved state into `training`. Raises RunError when it is of other data or another network."""
     if any(state[key] != facts[key] for key in ("classes", "mean", "std")):
         raise utils.RunError(f"--data {facts['data']}: not the images that the run was started with")
     fused = training["optimizer"].param_groups[0]["fused"]
-    for name, part in training.items():
-        if state[name]:  # a scaler that is not used has none
-            part.load_state_dict(state[name])
+    try:
+        for name, part in training.items():
+            if state[name]:  # a scaler that is not used has none
+                part.load_state_dict(state[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise utils.RunError("the saved state is of another network or version: train again") from None
     for group in training["optimizer"].param_groups:
         group["fused"] = fused  # it belongs to this device, not to the saved state
-    return state["history"]
 
 
 def float_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -188,27 +190,26 @@ def validate(model: nn.Module, split: data.Split, criterion, stats, precision) -
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
-def save_epoch(output: Path, training: dict, history: list[dict], facts: dict, is_best: bool) -> None:
-    """Write checkpoint.pt if this epoch is the best; last.pt; history.csv; now and then curves.png."""
-    if len(history) == 1:  # a run that is replaced goes now, and its last pictures with it
+def save_epoch(output: Path, training: dict, history: list[dict], best: dict, facts: dict) -> None:
+    """Write last.pt, from which --resume can make all the rest again, then the rest."""
+    if len(history) == 1:  # a run that is replaced goes now, and its pictures with it
         for name in ("curves.png", "confusion.png", "misclassified.png", "gradcam.png"):
             (output / name).unlink(missing_ok=True)
-    if is_best:
-        best = {
-            "kind": "checkpoint",
-            **facts,
-            **history[-1],
-            "model": training["averaged"].state_dict(),
-        }
-        utils.save_checkpoint(best, output / "checkpoint.pt")
     states = {name: part.state_dict() for name, part in training.items()}
-    utils.save_checkpoint({"kind": "last state", **facts, **states, "history": history}, output / "last.pt")
-    with utils.replacing(output / "history.csv") as file:
-        for row in (history[0], *(row.values() for row in history)):
-            file.write((",".join("" if value is None else str(value) for value in row) + "\n").encode())
+    state = {"kind": "last state", **facts, **states, "history": history, "best": best}
+    utils.save_checkpoint(state, output / "last.pt")
+    if best["epoch"] == len(history):
+        utils.save_checkpoint(best, output / "checkpoint.pt")
+    save_history(output, history)
     curves = output / "curves.png"
     if not curves.exists() or time.time() - curves.stat().st_mtime > PLOT_SECONDS:
         save_curves(output, history, facts)
+
+
+def save_history(output: Path, history: list[dict]) -> None:
+    with utils.replacing(output / "history.csv") as file:
+        for row in (history[0], *(row.values() for row in history)):
+            file.write((",".join("" if value is None else str(value) for value in row) + "\n").encode())
 
 
 def save_curves(output: Path, history: list[dict], facts: dict) -> None:
@@ -253,9 +254,8 @@ def print_epoch(row: dict, epochs: int, is_best: bool, next_lr: float) -> None:
         print(f"        plateau: the learning rate is cut from {row['lr']:.5f} to {next_lr:.5f}")
 
 
-def final_test(output: Path, test: data.Split, model: nn.Module, precision: torch.dtype) -> None:
-    """Evaluate checkpoint.pt on the test set, once; print accuracies, write confusion.png."""
-    best = utils.load_checkpoint(output / "checkpoint.pt", "checkpoint")
+def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, precision) -> None:
+    """Evaluate the best checkpoint on the test set, once; print accuracies, write confusion.png."""
     model.load_state_dict(best["model"])
     logits, labels = evaluate(model, test, (best["mean"], best["std"]), precision)
     pairs = (labels * model.classes + logits.argmax(1)).bincount(minlength=model.classes**2)
@@ -271,15 +271,13 @@ def final_test(output: Path, test: data.Split, model: nn.Module, precision: torc
         print(f"    {name:12} {right / row.sum():8.2%}")
 
 
-def main() -> None:
-    args, state = parse_args()
-    utils.make_folder(args.output)
+def fit(args: argparse.Namespace, state: dict | None) -> None:
+    """Train from the start, or on from a saved `state`; then test."""
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
     on_gpu = device.type == "cuda"
-    torch.backends.cudnn.benchmark = (
-        True  # all batches have one size: time the algorithms once, keep the fastest
-    )
+    # All batches have one size: time the algorithms once, keep the fastest.
+    torch.backends.cudnn.benchmark = True
 
     # Data
     train, test = data.load_train_test(args.data)
@@ -293,13 +291,16 @@ def main() -> None:
 
     # Network, optimizer, scheduler
     training = build_training(args, len(train.classes), device, precision == torch.float16)
-    model, averaged, optimizer, scheduler, *_ = training.values()
+    model, averaged, optimizer, scheduler, warmup, _ = training.values()
     settings = {
         key: value for key, value in vars(args).items() if key not in ("output", "resume", "overwrite")
     }
     facts = {"name": data.data_name(args.data), "data": args.data, "norm": args.norm, "settings": settings}
     facts |= {"classes": train.classes, "mean": stats[0], "std": stats[1]}
-    history = restore(training, state, facts) if state else []
+    history, best = [], None
+    if state:
+        restore(training, state, facts)
+        history, best = state["history"], state["best"]
     step_model = torch.compile(model) if args.compile else model
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     sizes = [len(split.labels) for split in (train, validation, test)]
@@ -314,24 +315,34 @@ def main() -> None:
                 averaged.load_state_dict(model.state_dict())
             row |= validate(averaged, validation, criterion, stats, precision)
             lr = optimizer.param_groups[0]["lr"]
-            scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
+            if warmup.last_epoch >= WARMUP_STEPS:  # while the rate still rises, no plateau can be its fault
+                scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
             history.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
 
             is_best = not args.val_split or history[-1] is utils.best_epoch(history)
-            save_epoch(args.output, training, history, facts, is_best)
+            if is_best:
+                weights = copy.deepcopy(averaged.state_dict())
+                best = {"kind": "checkpoint", **facts, **history[-1], "model": weights}
+            save_epoch(args.output, training, history, best, facts)
             print_epoch(history[-1], args.epochs, is_best, optimizer.param_groups[0]["lr"])
-    except KeyboardInterrupt as stop:
-        if history:
-            resume = f"python train.py --resume {args.output / 'last.pt'}"
-            stop.args = (f"after epoch {len(history)}; to go on: {resume}",)
-        raise
 
-    save_curves(args.output, history, facts)
-    final_test(args.output, test, averaged, precision)
+        save_history(args.output, history)  # once more, should the run have been stopped while saving
+        save_curves(args.output, history, facts)
+        final_test(args.output, test, averaged, best, precision)
+    except KeyboardInterrupt as stop:
+        if history and (args.output / "last.pt").exists():
+            stop.args = (f"to go on: python train.py --resume {args.output / 'last.pt'}",)
+        raise
     print(f"Trained for {utils.clock(sum(row['seconds'] for row in history))}.")
     print(f"Written to {args.output}: checkpoint.pt, last.pt, history.csv, curves.png, confusion.png")
     print(f"Next: python gradcam.py --n 10 --checkpoint {args.output / 'checkpoint.pt'}")
 
 
+def main() -> None:
+    args, state = parse_args()
+    with utils.lock(args.output):
+        fit(args, state)
+
+
 if __name__ == "__main__":
-    utils.run(main, data.DataError)
+    utils.run(main)

@@ -1,6 +1,7 @@
 """What train.py and gradcam.py share: device and precision, prediction, files, the command line, plots."""
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -13,10 +14,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    import msvcrt
 
 DEVICES = ("cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,17 +88,18 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror}): free some space or choose another --output"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -105,6 +113,39 @@ def make_folder(folder: Path) -> None:
     with replacing(folder / "write-test"):
         pass
     (folder / "write-test").unlink()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder. A process that dies, however it dies, holds its locks no longer.
+
+    Raises RunError when another process is in it, or when files cannot be written there.
+    """
+    make_folder(folder)
+    with open(folder / "lock", "w") as file:
+        try:
+            if "fcntl" in globals():
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # not flock, which forked workers would share
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system without locks
+                raise RunError(
+                    f"another run is writing to {folder}: let it end, or choose another folder"
+                ) from None
+        try:
+            yield
+        finally:
+            file.close()
+            (folder / "lock").unlink(missing_ok=True)
+
+
+KINDS = {  # what each kind of saved file must have
+    "checkpoint": {"name", "data", "classes", "mean", "std", "norm", "model", "epoch"},
+    "last state": {"data", "classes", "mean", "std", "settings", "history", "best", "model", "optimizer"},
+}
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -131,9 +172,17 @@ def load_checkpoint(path: Path, kind: str) -> dict:
         raise RunError(
             f"{path} is damaged or no checkpoint ({reason[:80]}): train again, or name another"
         ) from None
-    if not isinstance(state, dict) or state.get("kind") != kind:
+    if not isinstance(state, dict) or state.get("kind") != kind or not KINDS[kind] <= state.keys():
         raise RunError(f"{path} is not a {kind} of this program: name the one that train.py wrote")
     return state
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
+    """Put the weights of a loaded checkpoint into the model. Raises RunError when they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (AttributeError, RuntimeError, TypeError):
+        raise RunError(f"{path} holds the weights of another network: train again, or name another") from None
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -187,31 +236,48 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what a cluster or a notebook sends before it ends a program."""
-
-
-def run(main: Callable[[], None], *errors: type[Exception]) -> None:
+def run(main: Callable[[], None]) -> None:
     """Call main(); an expected error, Ctrl-C or SIGTERM becomes one line and an exit status."""
+    status, numbers = 130, (signal.SIGINT, signal.SIGTERM)
 
-    def terminate(signum, frame):
-        raise Terminated
+    def stop(number, frame):
+        nonlocal status
+        status = 128 + number
+        # What is raised while Python tidies up (in a __del__, or as a weak dictionary removes a key) is ignored.
+        while frame and frame.f_code.co_name not in ("__del__", "remove"):
+            frame = frame.f_back
+        if not frame or os.name != "posix":
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, lambda _, frame: stop(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # so try again a little later
 
-    signal.signal(signal.SIGTERM, terminate)
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each epoch when it ends
+    for number in numbers:
+        signal.signal(number, stop)
+    # So that a log file shows each epoch when it ends, and no name of a class stops the program.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$5 to $10"
     try:
         main()
-    except (RunError, *errors) as error:
+    except RunError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt as stop:
-        print("\nstopped", *stop.args, file=sys.stderr)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except KeyboardInterrupt as stopped:
+        print("\nstopped", *stopped.args, sep="; ", file=sys.stderr)
+        sys.exit(status)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU has too little memory: choose a smaller --batch-size or --device cpu")
+    except MemoryError:
+        sys.exit("error: there is too little memory: choose a smaller --batch-size or fewer --workers")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit("error: a worker process died, perhaps for lack of memory: use fewer --workers, or 0")
+        if "DataLoader" in str(error):
+            sys.exit("error: a worker process died, perhaps for lack of memory: use fewer --workers, or 0")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"error: --compile does not work here, leave it out ({str(error).splitlines()[0]})")
+        raise
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)  # no traceback on the way out
 
 
 # ---------------------------------------------------------------- plots
@@ -246,6 +312,7 @@ def plot_curves(history: list[dict], title: str) -> Figure:
         panels[1].plot(best["epoch"], 100 * best["val_accuracy"], "k*", markersize=12, label=label)
     panels[2].step(epochs, [row["lr"] for row in history], "k", where="mid", label="learning rate")
     panels[2].set(title="Learning rate", xlabel="epoch", ylabel="learning rate (log scale)", yscale="log")
+    panels[2].yaxis.set_major_formatter("{x:g}")
     cuts = [b["epoch"] - 0.5 for a, b in zip(history, history[1:], strict=False) if b["lr"] < a["lr"]]
     for axis in panels:
         for i, cut in enumerate(cuts):
