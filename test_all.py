@@ -995,6 +995,42 @@ def test_at_layer4_gradcam_is_cam(network):
     torch.testing.assert_close(maps, cam, atol=1e-5, rtol=1e-4)
 
 
+def test_heatmaps_point_at_the_object_and_depend_on_the_weights():
+    """The pointing game of Zhang et al. 2016 and the sanity check of Adebayo et al. 2018, on drawn bars and pillars."""
+    chosen = [list(data.DEMO_SHAPES).index(name) for name in ("bars", "pillars")]
+    drawn = {split: data.draw_demo(split) for split in ("train", "test")}
+    images, labels, _ = (part[np.isin(drawn["train"][1], chosen)][:300] for part in drawn["train"])
+    stats = data.channel_statistics(images)
+    images, labels = data.normalize(torch.from_numpy(images), *stats), torch.from_numpy(labels)
+    torch.manual_seed(0)
+    network = ResNet18().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, nesterov=True)
+    precision = utils.choose_precision("auto", torch.device("cpu"))
+    for _ in range(4):
+        for batch in torch.randperm(300).split(16):
+            with utils.autocast(images.device, precision):
+                loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    images, labels, boxes = (part[np.isin(drawn["test"][1], chosen)] for part in drawn["test"])
+    images, labels = data.normalize(torch.from_numpy(images), *stats), torch.from_numpy(labels)
+    right = (utils.predict(network, [images], torch.float32).argmax(1) == labels).numpy()
+    assert right.mean() > 0.8
+    maps = gradcam.GradCAM(network).heatmaps(images, labels)
+    peaks = maps.flatten(1).argmax(1).numpy()
+    left, top, right_edge, bottom = boxes.T
+    inside = (left <= peaks % 32) & (peaks % 32 < right_edge) & (top <= peaks // 32) & (peaks // 32 < bottom)
+    assert inside[right].mean() > 0.9  # a random point would be in 40 % of the boxes
+
+    network.feature.layer4 = ResNet18().feature.layer4
+    network.feature.layer3 = ResNet18().feature.layer3
+    others = gradcam.GradCAM(network).heatmaps(images, labels)
+    pairs = torch.stack([maps.flatten(1), others.flatten(1)], 1)
+    assert torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num().mean() < 0.5
+
+
 def test_heatmaps_leave_the_network_as_it_was(network):
     network.feature.layer2.train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
