@@ -905,7 +905,7 @@ def test_a_long_run_leaves_nothing_behind(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "save_epoch", save_and_look)
     monkeypatch.setattr(train, "PLOT_SECONDS", 0)
-    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 8, "--workers", 1)
+    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 6, "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert seen[2][:3] == seen[-1][:3]
     assert seen[-1][3] - seen[2][3] < 60_000  # kB

@@ -265,9 +265,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(status)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU has too little memory: choose a smaller --batch-size or --device cpu")
-    except MemoryError:
-        sys.exit("error: there is too little memory: choose a smaller --batch-size or fewer --workers")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            sys.exit("error: there is too little memory: choose a smaller --batch-size or fewer --workers")
         if "DataLoader" in str(error):
             sys.exit("error: a worker process died, perhaps for lack of memory: use fewer --workers, or 0")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
