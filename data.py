@@ -275,9 +275,8 @@ def split_validation(labels: np.ndarray, val_split: float, train_size: int | Non
 
 def augmentations(mean: tuple[float, ...]) -> dict:
     """The albumentations transforms by name, in order; holes are filled with `mean`, in [0, 1]."""
-    os.environ.setdefault(
-        "NO_ALBUMENTATIONS_UPDATE", "1"
-    )  # else its import asks the network for a newer version
+    # Else its import asks the network for a newer version.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A  # here, because it takes seconds and only training needs it
     import cv2
 

@@ -26,9 +26,7 @@ MOMENTUM = 0.9
 # that with the default of 0.01 % almost every epoch is progress, and the rate is cut far too late.
 PLATEAU_THRESHOLD = 0.01
 MIN_LR = 1e-4
-WARMUP_STEPS = (
-    200  # in which the learning rate rises to --lr: at once it would throw the fresh weights far off
-)
+WARMUP_STEPS = 200  # in which the learning rate rises to --lr: at once it would throw fresh weights far off
 EVAL_BATCH = 500  # images; without gradients more of them fit at once
 PLOT_SECONDS = 30  # the curves are redrawn at most so often during the run
 # What --resume cannot change; where the run computes, where it is kept and how long it is may change.
@@ -136,9 +134,7 @@ def train_one_epoch(model, training: dict, loader, criterion, stats, precision, 
     """
     optimizer, scaler = training["optimizer"], training["scaler"]
     device = next(model.parameters()).device
-    average = get_ema_multi_avg_fn(
-        decay=1 - 1 / len(loader)
-    )  # AveragedModel would make the CPU wait each step
+    average = get_ema_multi_avg_fn(1 - 1 / len(loader))  # AveragedModel would make the CPU wait each step
     averaged_and_new = [float_tensors(training["averaged"]), float_tensors(training["model"])]
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     model.train()
