@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -619,6 +620,44 @@ def test_a_run_writes_what_it_promises(finished):
     assert state["classes"] == ["cat", "dog"] and state["test_accuracy"] >= 0 and len(state["mean"]) == 3
     best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
     assert str(state["epoch"]) == best["epoch"] and state["val_accuracy"] == float(best["val_accuracy"])
+
+
+def test_the_figures_of_the_test_set_can_be_computed_again(finished):
+    log, state = (
+        (finished / "log").read_text(),
+        utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint"),
+    )
+    model, test = ResNet18(2).eval(), data.load_split(state["data"], "test")
+    model.load_state_dict(state["model"])
+    images = data.normalize(torch.from_numpy(test.images), state["mean"], state["std"])
+    with torch.no_grad():
+        probabilities, mirrored = model(images).softmax(1).numpy(), model(images.flip(3)).softmax(1).numpy()
+    right = probabilities.argmax(1) == test.labels
+    assert f"Test accuracy on {state['name']}: {right.mean():.2%}" in log
+    assert state["test_accuracy"] == right.mean()
+    for label, name in enumerate(test.classes):
+        assert re.search(rf"{name} +{right[test.labels == label].mean():.2%}", log)
+    both = (probabilities + mirrored).argmax(1) == test.labels
+    assert f"mirrored image: {both.mean():.2%}" in log
+    assert f"error:       {calibration_error_by_hand(probabilities, test.labels):.2%}" in log
+
+
+def calibration_error_by_hand(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    confidences, error = probabilities.max(1), 0
+    for low in range(15):
+        members = (confidences * 15 >= low) & ((confidences * 15 < low + 1) | (low == 14))
+        if members.any():
+            accuracy = (probabilities[members].argmax(1) == labels[members]).mean()
+            error += members.mean() * abs(accuracy - confidences[members].mean())
+    return error
+
+
+def test_calibration_error_equals_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 3 * torch.randn(2000, 4, generator=generator), torch.randint(0, 4, (2000,))
+    logits[:20, 0] = 1000  # a confidence of exactly 1 belongs to the last bin
+    expected = calibration_error_by_hand(logits.softmax(1).numpy(), labels.numpy())
+    assert train.calibration_error(logits, labels) == pytest.approx(expected, abs=1e-5) and expected > 0.1
 
 
 def assert_same_run(*folders: Path) -> None:

@@ -250,10 +250,24 @@ def print_epoch(row: dict, epochs: int, is_best: bool, next_lr: float) -> None:
         print(f"        plateau: the learning rate is cut from {row['lr']:.5f} to {next_lr:.5f}")
 
 
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error in [0, 1] of logits (N, classes) with true labels (N,).
+
+    The gap between mean confidence and accuracy, in bins of equal width of the confidence, averaged over the
+    images (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3).
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    gaps = (predicted == labels).float() - confidence
+    # Within a bin, gaps above and below zero cancel out.
+    sums = (confidence * bins).long().clamp_max(bins - 1).bincount(gaps)
+    return sums.abs().sum().item() / len(labels)
+
+
 def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, precision) -> None:
     """Evaluate the best checkpoint on the test set, once; print accuracies, write confusion.png."""
     model.load_state_dict(best["model"])
-    logits, labels = evaluate(model, test, (best["mean"], best["std"]), precision)
+    stats = best["mean"], best["std"]
+    logits, labels = evaluate(model, test, stats, precision)
     pairs = (labels * model.classes + logits.argmax(1)).bincount(minlength=model.classes**2)
     confusion = pairs.reshape(model.classes, -1).cpu()  # (true class, predicted class)
     accuracy = confusion.trace().item() / len(labels)
@@ -265,6 +279,10 @@ def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, pre
     print(f"\nTest accuracy on {best['name']}: {accuracy:.2%}, with the weights of epoch {best['epoch']}")
     for name, row, right in zip(test.classes, confusion, confusion.diagonal(), strict=True):
         print(f"    {name:12} {right / row.sum():8.2%}")
+    mirrored, _ = evaluate(model, test._replace(images=test.images[:, :, ::-1].copy()), stats, precision)
+    both = (logits.softmax(1) + mirrored.softmax(1)).argmax(1)
+    print(f"Averaged with the mirrored image: {(both == labels).float().mean():.2%}")
+    print(f"Expected calibration error:       {calibration_error(logits, labels):.2%}")
 
 
 def fit(args: argparse.Namespace, state: dict | None) -> None:
