@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_url
 
 import utils
@@ -88,6 +89,8 @@ def load_split(root: str, split: str) -> Split:
         raise RunError(
             f"there is no folder {root}: create it and CIFAR-10 is downloaded into it, or use --data demo"
         )
+    if any(file.suffix.lower() in IMG_EXTENSIONS for file in [*folder.glob("*"), *folder.glob("*/*")]):
+        raise RunError(f"{root} holds images, but not as train/<class>/* and test/<class>/*: arrange them so")
     try:
         fetch_cifar10(folder)
         cifar10 = CIFAR10(folder, train=split == "train")
@@ -133,7 +136,8 @@ def read_folder(root: Path, split: str) -> Split:
     try:
         folder = ImageFolder(str(root / split))
     except (OSError, RuntimeError) as error:
-        raise RunError(f"{root / split} cannot be used: {error}") from error
+        hint = "it must hold a folder of images for each class"
+        raise RunError(f"{root / split} cannot be used, {hint}: {error}") from error
     for name in folder.classes:
         if not name.isprintable():  # matplotlib stops at what is no Unicode, and a line break spoils tables
             raise RunError(f"{root / split}: rename the class folder {name!r}, its name cannot be printed")
@@ -366,9 +370,12 @@ def train_loader(
     )
 
 
-def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in channels_last memory."""
-    mean, std = (torch.tensor(values, device=images.device) for values in (mean, std))
+def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in channels_last memory.
+
+    mean and std of the three channels, for values in [0, 1]: lists, or tensors (3,) on the images' device.
+    """
+    mean, std = (torch.as_tensor(values, device=images.device) for values in (mean, std))
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -389,15 +396,15 @@ def plot_augmentations(images: np.ndarray, mean: tuple[float, ...], name: str, s
         f"CutOut\n({CUTOUT_SIZE}x{CUTOUT_SIZE}, p = {CUTOUT_PROBABILITY})": [cutout],
     }
     columns = {"original": images}
-    for name, parts in shown.items():
+    for technique, parts in shown.items():
         # Called one by one and with force_apply, a transform shows itself whatever its probability.
         for part in parts:
             part.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        columns[name] = []
+        columns[technique] = []
         for image in images:
             for part in parts:
                 image = part(image=image, force_apply=True)["image"]
-            columns[name].append(image)
+            columns[technique].append(image)
     together = A.Compose(list(transforms.values()))
     together.set_random_state(np.random.default_rng(seed), random.Random(seed))
     for number in (1, 2):
@@ -405,8 +412,8 @@ def plot_augmentations(images: np.ndarray, mean: tuple[float, ...], name: str, s
 
     figure = Figure(figsize=(1.5 * len(columns), 1.45 * len(images) + 0.8), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
-    for column, (name, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(name, fontsize=11)
+    for column, (technique, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(technique, fontsize=11)
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture)
             axes[row, column].axis("off")

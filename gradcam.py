@@ -64,7 +64,7 @@ class GradCAM(nn.Module):
     def heatmaps(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalised images (N, 3, H, W) and N class indices -> maps (N, H, W) in [0, 1].
 
-        Each map is divided by its maximum; where nothing speaks for the class it is zero everywhere. The
+        Each map is divided by its maximum, then enlarged; where nothing speaks for the class it is zero everywhere. The
         network's modes, gradients and parameters stay as they are. Equations 1 and 2 of the paper.
         """
         modes = [(module, module.training) for module in self.modules()]
@@ -152,11 +152,11 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--n", type=count, default=10, help="misclassified images to show")
     add("--checkpoint", type=Path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
-    add("--seed", type=seed, help="pick at random from this seed (default: the most confident errors)")
+    add("--seed", type=seed, help="pick at random from this seed, else the most confident errors")
     add("--layer", choices=LAYERS, default="layer3", help="stage of the network to explain")
     add("--device", choices=["auto", *utils.DEVICES], default="auto", help="where to compute")
-    add("--data", help="folder of the images, or demo (default: as in training)")
-    add("--output", type=Path, help="folder for the pictures (default: that of the checkpoint)")
+    add("--data", help="folder of the images, or demo, else as in training")
+    add("--output", type=Path, help="folder for the pictures, else that of the checkpoint")
     return parser
 
 

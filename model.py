@@ -37,9 +37,11 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, norm_layer(norm, channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.relu(self.norm1(self.conv1(x)))
+        # relu_ and += write over their input, which nothing needs any more: less memory, a little faster.
+        out = self.norm1(self.conv1(x)).relu_()
         out = self.norm2(self.conv2(out))
-        return torch.relu(out + self.shortcut(x))
+        out += self.shortcut(x)
+        return out.relu_()
 
 
 class ResNet18(nn.Module):
@@ -60,7 +62,7 @@ class ResNet18(nn.Module):
         self.classes = classes
         self.feature = nn.Sequential()
         stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.feature.add_module("stem", nn.Sequential(stem, norm_layer(norm, 64), nn.ReLU()))
+        self.feature.add_module("stem", nn.Sequential(stem, norm_layer(norm, 64), nn.ReLU(inplace=True)))
         in_channels = 64
         for name, (channels, stride) in STAGES.items():
             first = BasicBlock(in_channels, channels, stride, norm)

@@ -576,9 +576,9 @@ def test_bad_checkpoints_are_refused_and_run_no_code(finished, tmp_path):
     assert not Path("/tmp/malicious-code-has-run").exists()
     for state in ({"kind": "last state"}, {"kind": "checkpoint", "epoch": 1}, {"epoch": 1}, [1, 2]):
         torch.save(state, bad)
-        with pytest.raises(utils.RunError, match="not a checkpoint"):
+        with pytest.raises(utils.RunError, match="is no checkpoint"):
             utils.load_checkpoint(bad, "checkpoint")
-    with pytest.raises(utils.RunError, match="no checkpoint .*train.py"):
+    with pytest.raises(utils.RunError, match="no file .*train.py"):
         utils.load_checkpoint(tmp_path / "missing.pt", "checkpoint")
     state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
     for norm, weights in (("layer", state["model"]), ("batch", {}), ("batch", [1]), ("batch", {"a": 1})):
@@ -1148,7 +1148,14 @@ def test_gradcam_draws_the_errors_there_are_and_no_empty_grid(finished, images, 
     assert none.returncode == 0 and "nothing to show" in none.stdout and not list(output.iterdir())
 
 
-def test_plots_show_what_they_say():
+def save_and_check_margins(figure, path: Path) -> None:
+    """Nothing is cut off: the outermost pixels of the saved picture are white."""
+    utils.save_figure(figure, path)
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert min(pixels[0].min(), pixels[-1].min(), pixels[:, 0].min(), pixels[:, -1].min()) == 255
+
+
+def test_plots_show_what_they_say(tmp_path):
     history = [
         {
             "epoch": i + 1,
@@ -1164,10 +1171,28 @@ def test_plots_show_what_they_say():
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert "best: epoch 2, 60.00 %" in labels and "cut by the plateau" in labels
     assert figure.axes[2].get_yscale() == "log"
+    save_and_check_margins(figure, tmp_path / "curves.png")
+    for rates in ([0.1], [0.1, 0.1], [0.008, 0.015, 0.023, 0.038], [0.1, 0.03, 0.0081, 1e-4], [100, 30]):
+        rows = [{**history[0], "epoch": i + 1, "lr": lr} for i, lr in enumerate(rates)]
+        figure = utils.plot_curves(rows, "title of the run")
+        save_and_check_margins(figure, tmp_path / "curves.png")
+        low, high = figure.axes[2].get_ylim()
+        ticks = zip(figure.axes[2].get_yticks(), figure.axes[2].get_yticklabels(), strict=True)
+        shown = [(value, text.get_text()) for value, text in ticks if low <= value <= high]
+        assert 1 <= len(shown) <= 12 and all(float(text) == pytest.approx(value) for value, text in shown)
+        assert not any(text.get_text() for text in figure.axes[2].get_yticklabels(minor=True))
+        epochs = [float(text.get_text()) for text in figure.axes[0].get_xticklabels()]
+        assert epochs == [round(epoch) for epoch in epochs]
     confusion = torch.tensor([[3, 1], [0, 4]])
     figure = utils.plot_confusion(confusion, ["cat", "dog"], "t")
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat  75.0 %", "dog  100.0 %"]
     assert [t.get_text() for t in figure.axes[0].texts] == ["3", "1", "4"]
+    for names in (["cat", "dog"], [f"a class with a long name {i}" for i in range(10)]):
+        figure = utils.plot_confusion(torch.eye(len(names), dtype=torch.int64), names, "t")
+        save_and_check_margins(figure, tmp_path / "confusion.png")
+    figure = data.plot_augmentations(random_split(2).images, MEAN, "name of the data")
+    assert "name of the data" in figure.get_suptitle()
+    save_and_check_margins(figure, tmp_path / "augmentations.png")
 
 
 @pytest.mark.parametrize("n", [1, 10, 20, 25])

@@ -55,9 +55,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patience", type=whole, default=1, help="epochs without progress that are let pass before a cut")
     add("--label-smoothing", type=share, default=0.1, help="share of the label spread over all classes")
     add("--val-split", type=share, default=0.1, help="share of the training images kept for validation")
-    add("--train-size", type=count, help="train on so many images (default: all)")
+    add("--train-size", type=count, help="train on so many images, if given")
     add("--norm", choices=NORMS, default="batch", help="normalisation layers")
-    add("--workers", type=processes, help="processes that augment (default: 1 on a CPU, up to 16 on a GPU)")
+    add("--workers", type=processes, help="processes that augment, else 1 on a CPU and up to 16 with a GPU")
     add("--seed", type=seed, default=0, help="of all randomness")
     add("--device", choices=["auto", *utils.DEVICES], default="auto", help="where to compute")
     add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="of convolutions")
@@ -86,6 +86,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         if getattr(args, name) != saved[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             parser.error(f"{flag} would change the run, which has {saved[name]}: leave it out")
+    if args.epochs < len(state["history"]):
+        parser.error(f"--epochs {args.epochs}: the run already has {len(state['history'])}")
     return args, state
 
 
@@ -134,6 +136,7 @@ def train_one_epoch(model, training: dict, loader, criterion, stats, precision, 
     """
     optimizer, scaler = training["optimizer"], training["scaler"]
     device = next(model.parameters()).device
+    stats = [torch.tensor(values, device=device) for values in stats]  # once: a copy makes the CPU wait
     average = get_ema_multi_avg_fn(1 - 1 / len(loader))  # AveragedModel would make the CPU wait each step
     averaged_and_new = [float_tensors(training["averaged"]), float_tensors(training["model"])]
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -290,7 +293,7 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
     on_gpu = device.type == "cuda"
-    # All batches have one size: time the algorithms once, keep the fastest.
+    # All batches but the last have one size: time the algorithms once, keep the fastest.
     torch.backends.cudnn.benchmark = True
 
     # Data
@@ -315,6 +318,10 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     if state:
         restore(training, state, facts)
         history, best = state["history"], state["best"]
+        if len(history) == args.epochs:
+            print(
+                f"All {args.epochs} epochs are done, the test follows; a larger --epochs prolongs the run.\n"
+            )
     step_model = torch.compile(model) if args.compile else model
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     sizes = [len(split.labels) for split in (train, validation, test)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import nn
 
 try:
@@ -148,6 +148,9 @@ KINDS = {  # what each kind of saved file must have
 }
 
 
+FILES = {"checkpoint": "checkpoint.pt", "last state": "last.pt"}
+
+
 def save_checkpoint(state: dict, path: Path) -> None:
     """Save numbers, strings, lists, dicts and tensors only, so that loading needs to run no code."""
     buffer = io.BytesIO()
@@ -159,9 +162,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
 def load_checkpoint(path: Path, kind: str) -> dict:
     """The saved dict, with tensors on the CPU. Raises RunError unless its "kind" is `kind`."""
     if not path.is_file():
-        raise RunError(
-            f"there is no checkpoint {path}: run train.py first, or name the file of an earlier run"
-        )
+        raise RunError(f"there is no file {path}: run train.py first, or name the {FILES[kind]} of a run")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums in the file
             if archive.testzip():
@@ -173,7 +174,7 @@ def load_checkpoint(path: Path, kind: str) -> dict:
             f"{path} is damaged or no checkpoint ({reason[:80]}): train again, or name another"
         ) from None
     if not isinstance(state, dict) or state.get("kind") != kind or not KINDS[kind] <= state.keys():
-        raise RunError(f"{path} is not a {kind} of this program: name the one that train.py wrote")
+        raise RunError(f"{path} is no {kind} of this program: name the {FILES[kind]} that train.py wrote")
     return state
 
 
@@ -188,7 +189,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a matplotlib Figure as PNG."""
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
 
 
 # ---------------------------------------------------------------- command line
@@ -310,14 +311,16 @@ def plot_curves(history: list[dict], title: str) -> Figure:
         best = best_epoch(history)
         label = f"best: epoch {best['epoch']}, {100 * best['val_accuracy']:.2f} %"
         panels[1].plot(best["epoch"], 100 * best["val_accuracy"], "k*", markersize=12, label=label)
-    panels[2].step(epochs, [row["lr"] for row in history], "k", where="mid", label="learning rate")
+    panels[2].step(epochs, [row["lr"] for row in history], "k.-", where="mid", label="learning rate")
     panels[2].set(title="Learning rate", xlabel="epoch", ylabel="learning rate (log scale)", yscale="log")
+    panels[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[2].yaxis.set_major_formatter("{x:g}")
+    panels[2].yaxis.set_minor_formatter("")
     cuts = [b["epoch"] - 0.5 for a, b in zip(history, history[1:], strict=False) if b["lr"] < a["lr"]]
     for axis in panels:
         for i, cut in enumerate(cuts):
             axis.axvline(cut, color="grey", ls=":", label=None if i else "cut by the plateau")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=9)
     return figure
