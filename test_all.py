@@ -1178,7 +1178,7 @@ def test_plots_show_what_they_say(tmp_path):
         save_and_check_margins(figure, tmp_path / "curves.png")
         low, high = figure.axes[2].get_ylim()
         ticks = zip(figure.axes[2].get_yticks(), figure.axes[2].get_yticklabels(), strict=True)
-        shown = [(value, text.get_text()) for value, text in ticks if low <= value <= high]
+        shown = [(value, text.get_text().replace("−", "-")) for value, text in ticks if low <= value <= high]
         assert 1 <= len(shown) <= 12 and all(float(text) == pytest.approx(value) for value, text in shown)
         assert not any(text.get_text() for text in figure.axes[2].get_yticklabels(minor=True))
         epochs = [float(text.get_text()) for text in figure.axes[0].get_xticklabels()]

@@ -311,8 +311,10 @@ def plot_curves(history: list[dict], title: str) -> Figure:
         best = best_epoch(history)
         label = f"best: epoch {best['epoch']}, {100 * best['val_accuracy']:.2f} %"
         panels[1].plot(best["epoch"], 100 * best["val_accuracy"], "k*", markersize=12, label=label)
-    panels[2].step(epochs, [row["lr"] for row in history], "k.-", where="mid", label="learning rate")
+    rates = [row["lr"] for row in history]
+    panels[2].step(epochs, rates, "k.-", where="mid", label="learning rate")
     panels[2].set(title="Learning rate", xlabel="epoch", ylabel="learning rate (log scale)", yscale="log")
+    panels[2].set_ylim(min(rates) / 2, max(rates) * 2)
     panels[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[2].yaxis.set_major_formatter("{x:g}")
     panels[2].yaxis.set_minor_formatter("")
