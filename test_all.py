@@ -389,6 +389,15 @@ def test_bad_image_folders_are_named(tmp_path, damage, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["", "dog"])
+def test_nothing_is_downloaded_into_a_folder_of_loose_images(tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / place / "a.PNG")
+    with pytest.raises(utils.RunError, match="train/<class>"):
+        data.load_train_test(str(tmp_path))
+    assert not (tmp_path / "lock").exists()
+
+
 # ---------------------------------------------------------------- the download
 
 
@@ -734,6 +743,7 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images):
         ("--norm", "layer"),
         ("--seed", 1),
         ("--train-size", 5),
+        ("--epochs", 1),
     ):
         assert_one_line_error(call(train, "--output", finished, "--resume", flag, value), 2, flag)
     assert_one_line_error(call(train, "--output", finished, "--resume", "--overwrite"), 2, "--overwrite")
@@ -741,7 +751,7 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images):
         call(train, "--output", finished, "--data", images, *TINY), 1, "--resume", "--overwrite"
     )
     assert_one_line_error(call(train, "--output", finished, "--resume", "--data", "demo"), 1, "--data demo")
-    assert_one_line_error(call(train, "--resume", finished / "checkpoint.pt"), 1, "checkpoint.pt")
+    assert_one_line_error(call(train, "--resume", finished / "checkpoint.pt"), 1, "name the last.pt")
     assert (finished / "last.pt").read_bytes() == before
 
 
