@@ -183,8 +183,8 @@ def fetch_cifar10(folder: Path, urls: dict[str, float] = CIFAR10_URLS, md5: str 
                 download(url, seconds, archive, md5)
         if not archive.exists():
             raise RunError(
-                f"CIFAR-10 cannot be downloaded. Three ways out: put {CIFAR10.filename} into {folder}; name a "
-                "folder of images (train/<class>/*, test/<class>/*) with --data DIR; or use --data demo"
+                f"CIFAR-10 cannot be downloaded. Three ways out: put {CIFAR10.filename} into {folder}; name "
+                "a folder of images (train/<class>/*, test/<class>/*) with --data DIR; or use --data demo"
             )
         print(f"unpacking {archive}", file=sys.stderr, flush=True)
         CIFAR10(folder, download=True)  # finds the archive, unpacks it and checks every file
@@ -315,8 +315,8 @@ class AugmentedBatches(Dataset):
 
     def __getitem__(self, batch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         key, indices = batch
-        # One generator for all transforms. Compose(seed=...) would give each its own with the *same* seed: one
-        # draw would decide flip, rotation and cutout together, and workers would repeat each other.
+        # One generator for all transforms. Compose(seed=...) would give each its own with the *same* seed:
+        # one draw would decide flip, rotation and cutout together, and workers would repeat each other.
         self.augment.set_random_state(np.random.default_rng(key), random.Random(str(key)))
         images = np.stack([self.augment(image=image)["image"] for image in self.split.images[indices]])
         return torch.from_numpy(images), torch.from_numpy(self.split.labels[indices])

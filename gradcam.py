@@ -64,8 +64,8 @@ class GradCAM(nn.Module):
     def heatmaps(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalised images (N, 3, H, W) and N class indices -> maps (N, H, W) in [0, 1].
 
-        Each map is divided by its maximum, then enlarged; where nothing speaks for the class it is zero everywhere. The
-        network's modes, gradients and parameters stay as they are. Equations 1 and 2 of the paper.
+        Each map is divided by its maximum, then enlarged; it is zero everywhere where nothing speaks for the
+        class. The network's modes, gradients and parameters stay as they are. Equations 1 and 2 of the paper.
         """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()

@@ -148,9 +148,10 @@ def test_model_prints_its_table(capsys):
 
 
 def test_imports_do_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import torch; seed = torch.initial_seed(); import model; "
-    code += "assert not {'albumentations', 'matplotlib', 'cv2'} & set(sys.modules); import data, utils, train, gradcam; "
-    code += "assert seed == torch.initial_seed() and 'albumentations' not in sys.modules"
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import torch; seed = torch.initial_seed(); "
+    code += "import model; assert not {'albumentations', 'matplotlib', 'cv2'} & set(sys.modules); "
+    code += "import data, utils, train, gradcam; assert 'albumentations' not in sys.modules; "
+    code += "assert seed == torch.initial_seed()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
 
@@ -182,18 +183,16 @@ def test_batches_depend_on_seed_epoch_and_number_alone():
         loader = data.train_loader(split, MEAN, 16, 3, workers)
         assert same(epoch_of(loader, 1), reference[1])
         assert same(epoch_of(loader, 2), reference[2])  # the workers are the same ones
-        assert same(
-            epoch_of(data.train_loader(split, MEAN, 16, 3, workers), 2), reference[2]
-        )  # as after a resume
+        loader = data.train_loader(split, MEAN, 16, 3, workers)
+        assert same(epoch_of(loader, 2), reference[2])  # as after a resume
     assert not same(reference[1], reference[2])
     assert not same(reference[1], epoch_of(data.train_loader(split, MEAN, 16, 4, 0), 1))
 
 
 def test_an_epoch_holds_every_image_once_and_labels_stay():
     split = random_split(50)
-    split.images[:] = (
-        np.arange(50, dtype=np.uint8)[:, None, None, None] + 100
-    )  # augmentation keeps a flat image
+    # Augmentation keeps a flat image.
+    split.images[:] = np.arange(50, dtype=np.uint8)[:, None, None, None] + 100
     seen = epoch_of(data.train_loader(split, [1.0, 1.0, 1.0], 8, 0, 0), 1)
     values = torch.cat([images.amin((1, 2, 3)) for images, _ in seen]).long() - 100
     assert values.sort().values.tolist() == list(range(50))
@@ -234,12 +233,8 @@ def augmentation_draws(count: int) -> dict[str, np.ndarray]:
 
 def test_augmentation_statistics_are_as_documented():
     draws = augmentation_draws(4000)
-    chances = {
-        "flip": data.FLIP_PROBABILITY,
-        "rotate": data.ROTATE_PROBABILITY,
-        "cutout": data.CUTOUT_PROBABILITY,
-    }
-    for name, chance in chances.items():
+    for name in ("flip", "rotate", "cutout"):
+        chance = getattr(data, f"{name.upper()}_PROBABILITY")
         assert abs(draws[name].mean() - chance) < 0.035, name  # four standard deviations
     for a, b in (("flip", "rotate"), ("flip", "cutout"), ("rotate", "cutout")):
         correlation = np.corrcoef(draws[a], draws[b])[0, 1]
@@ -402,7 +397,7 @@ def test_nothing_is_downloaded_into_a_folder_of_loose_images(tmp_path, place):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/good delivers the archive; /slow a byte at a time; /cut half of it; /corrupt one other byte; else 404."""
+    """/good delivers the archive; /slow a byte at a time; /cut half; /corrupt one wrong byte; else 404."""
 
     archive = b""
 
@@ -432,7 +427,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def small_cifar10(monkeypatch):
-    """A CIFAR-10 of ten images a file, with checksums of its own, and a server on this machine that has it."""
+    """A CIFAR-10 of ten images a file, with checksums of its own, and a local server that has it."""
     rng, files, members = np.random.default_rng(0), {}, io.BytesIO()
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         files[name] = pickle.dumps(
@@ -606,15 +601,8 @@ def test_progress_writes_only_to_a_terminal(capsys):
 
 def test_a_run_writes_what_it_promises(finished):
     log = (finished / "log").read_text()
-    for words in (
-        "14 training, 2 validation, 16 test images",
-        "cpu, float32",
-        "1/2",
-        "2/2",
-        "Test accuracy",
-        "gradcam.py",
-    ):
-        assert words in log
+    assert "14 training, 2 validation, 16 test images" in log and "cpu, float32" in log
+    assert "1/2" in log and "2/2" in log and "Test accuracy" in log and "gradcam.py" in log
     assert "\r" not in log
     with open(finished / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -632,10 +620,8 @@ def test_a_run_writes_what_it_promises(finished):
 
 
 def test_the_figures_of_the_test_set_can_be_computed_again(finished):
-    log, state = (
-        (finished / "log").read_text(),
-        utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint"),
-    )
+    log = (finished / "log").read_text()
+    state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
     model, test = ResNet18(2).eval(), data.load_split(state["data"], "test")
     model.load_state_dict(state["model"])
     images = data.normalize(torch.from_numpy(test.images), state["mean"], state["std"])
@@ -762,19 +748,8 @@ def test_overwrite_removes_the_old_run_only_when_the_new_one_writes(finished, im
     assert_one_line_error(diverging, 1, "--lr")
     assert (tmp_path / "run/last.pt").read_bytes() == (finished / "last.pt").read_bytes()
     assert (tmp_path / "run/gradcam.png").exists()
-    done = call(
-        train,
-        "--data",
-        images,
-        "--output",
-        tmp_path / "run",
-        *TINY,
-        "--overwrite",
-        "--epochs",
-        1,
-        "--val-split",
-        0,
-    )
+    flags = ("--output", tmp_path / "run", *TINY, "--epochs", 1, "--val-split", 0, "--overwrite")
+    done = call(train, "--data", images, *flags)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run/gradcam.png").exists()
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
@@ -795,15 +770,9 @@ def test_the_plateau_cuts_the_rate_and_says_so(capsys):
     for _ in range(50):
         scheduler.step(1.0)
     assert optimizer.param_groups[0]["lr"] == train.MIN_LR
-    row = {
-        "epoch": 3,
-        "lr": 0.1,
-        "train_loss": 1,
-        "train_accuracy": 0.5,
-        "val_loss": None,
-        "val_accuracy": None,
-    }
-    train.print_epoch({**row, "images_per_second": 9, "seconds": 61}, 40, False, next_lr=0.03)
+    row = {"epoch": 3, "lr": 0.1, "train_loss": 1, "train_accuracy": 0.5, "val_loss": None}
+    row |= {"val_accuracy": None, "images_per_second": 9, "seconds": 61}
+    train.print_epoch(row, 40, False, next_lr=0.03)
     assert "plateau: the learning rate is cut from 0.10000 to 0.03000" in capsys.readouterr().out
 
 
@@ -842,8 +811,9 @@ def test_fused_sgd_is_not_used_with_the_gradient_scaler():
 def test_help_shows_every_flag_and_its_default():
     for module in (train, gradcam):
         assert module.get_parser().format_help().count("(default") >= 5
-    flags = "data output epochs batch-size lr weight-decay factor patience label-smoothing val-split train-size norm"
-    for flag in (*flags.split(), "workers", "seed", "device", "precision", "compile", "resume", "overwrite"):
+    flags = "data output epochs batch-size lr weight-decay factor patience label-smoothing val-split "
+    flags += "train-size norm workers seed device precision compile resume overwrite"
+    for flag in flags.split():
         assert f"--{flag} " in train.get_parser().format_help()
 
 
@@ -855,19 +825,10 @@ def test_bad_flags_of_gradcam_are_named(flags):
     assert_one_line_error(call(gradcam, *flags.split()), 2, flags.split()[0])
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--epochs",
-        "--batch-size",
-        "--lr",
-        "--factor",
-        "--patience",
-        "--val-split",
-        "--weight-decay",
-        "--workers",
-    ],
-)
+NUMBERS = "--epochs --batch-size --lr --factor --patience --val-split --weight-decay --workers"
+
+
+@pytest.mark.parametrize("flag", NUMBERS.split())
 def test_bad_numbers_of_train_are_named(flag):
     allowed = {"--patience": ["0"], "--val-split": ["0"], "--weight-decay": ["0"], "--workers": ["0"]}
     for value in ("0", "-1", "1e30", "nan", "inf", "text", ""):
@@ -893,33 +854,18 @@ def test_other_bad_input_is_one_line(images, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_ends_with_one_line_and_can_go_on(number, status, images, tmp_path):
-    command = [
-        sys.executable,
-        HERE / "train.py",
-        "--data",
-        images,
-        "--output",
-        tmp_path,
-        *TINY,
-        "--epochs",
-        5000,
-    ]
-    command = [*map(str, command), "--workers", "1"]
+    command = [sys.executable, HERE / "train.py", "--data", images, "--output", tmp_path, *TINY]
+    command = [*map(str, command), "--epochs", "5000", "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "2/5000" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert (
-        err.strip().startswith("stopped; to go on: ")
-        and "--resume" in err
-        and len(err.strip().splitlines()) == 1
-    )
+    assert len(err.strip().splitlines()) == 1
+    assert err.strip().startswith("stopped; to go on: ") and "--resume" in err
     epochs = len(utils.load_checkpoint(tmp_path / "last.pt", "last state")["history"])
-    done = call(
-        train, "--resume", tmp_path / "last.pt", "--epochs", epochs
-    )  # nothing left to train: only the test
+    done = call(train, "--resume", tmp_path / "last.pt", "--epochs", epochs)  # only the test is left
     assert done.returncode == 0 and "Test accuracy" in done.stdout
 
 
@@ -967,7 +913,7 @@ def test_a_huge_learning_rate_stops_the_run_in_its_epoch(images, tmp_path):
 
 
 def test_the_weights_kept_are_the_average_of_those_after_each_step(images):
-    """The oracle applies average = decay * average + (1 - decay) * weights, decay = 1 - 1 / steps, by hand."""
+    """The oracle: average = decay * average + (1 - decay) * weights with decay = 1 - 1 / steps, by hand."""
     training = train.build_training(train.get_parser().parse_args([]), 2, torch.device("cpu"), False)
     split = data.load_split(str(images), "train")
     stats, after_steps = data.channel_statistics(split.images), []
@@ -1032,7 +978,7 @@ def test_heatmaps_equal_the_textbook(network, layer):
 
 
 def test_at_layer4_gradcam_is_cam(network):
-    """Zhou et al. 2016: before global pooling and a linear layer the map is the class's weights times activations."""
+    """Zhou et al. 2016: before pooling and a linear layer the map is the class weights times activations."""
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
     with torch.no_grad():
         activations = network.feature(images)
@@ -1045,7 +991,7 @@ def test_at_layer4_gradcam_is_cam(network):
 
 
 def test_heatmaps_point_at_the_object_and_depend_on_the_weights():
-    """The pointing game of Zhang et al. 2016 and the sanity check of Adebayo et al. 2018, on drawn bars and pillars."""
+    """The pointing game (Zhang et al. 2016), the sanity check (Adebayo et al. 2018), on bars and pillars."""
     chosen = [list(data.DEMO_SHAPES).index(name) for name in ("bars", "pillars")]
     drawn = {split: data.draw_demo(split) for split in ("train", "test")}
     images, labels, _ = (part[np.isin(drawn["train"][1], chosen)][:300] for part in drawn["train"])
@@ -1166,17 +1112,9 @@ def save_and_check_margins(figure, path: Path) -> None:
 
 
 def test_plots_show_what_they_say(tmp_path):
-    history = [
-        {
-            "epoch": i + 1,
-            "lr": lr,
-            "train_loss": 2 - i,
-            "train_accuracy": 0.2 * i,
-            "val_loss": 2.0,
-            "val_accuracy": a,
-        }
-        for i, (lr, a) in enumerate([(0.1, 0.3), (0.1, 0.6), (0.03, 0.5)])
-    ]
+    columns = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    rows = [(1, 0.1, 2, 0.2, 2, 0.3), (2, 0.1, 1, 0.4, 2, 0.6), (3, 0.03, 0, 0.5, 2, 0.5)]
+    history = [dict(zip(columns, row, strict=True)) for row in rows]
     figure = utils.plot_curves(history, "title of the run")
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert "best: epoch 2, 60.00 %" in labels and "cut by the plateau" in labels

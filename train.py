@@ -231,9 +231,8 @@ def seconds_a_step(batch_size: int, norm: str, precision: torch.dtype) -> float:
 def print_header(args, name: str, sizes: list[int], model: ResNet18, device, precision: torch.dtype) -> None:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print("data      {}: {:,} training, {:,} validation, {:,} test images".format(name, *sizes))
-    print(
-        f"network   ResNet18, {args.norm} norm, {model.classes} classes, {count_parameters(model):,} weights"
-    )
+    weights = f"{count_parameters(model):,} weights"
+    print(f"network   ResNet18, {args.norm} norm, {model.classes} classes, {weights}")
     print(f"device    {hardware}, {str(precision).removeprefix('torch.')}")
     print(f"seed      {args.seed}\noutput    {args.output}")
     if device.type == "cpu":
@@ -275,9 +274,8 @@ def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, pre
     confusion = pairs.reshape(model.classes, -1).cpu()  # (true class, predicted class)
     accuracy = confusion.trace().item() / len(labels)
     utils.save_checkpoint({**best, "test_accuracy": accuracy}, output / "checkpoint.pt")
-    title = (
-        f"ResNet18 on {best['name']}: {accuracy:.2%} of {len(labels):,} test images (epoch {best['epoch']})"
-    )
+    share = f"{accuracy:.2%} of {len(labels):,} test images"
+    title = f"ResNet18 on {best['name']}: {share} (epoch {best['epoch']})"
     utils.save_figure(utils.plot_confusion(confusion, test.classes, title), output / "confusion.png")
     print(f"\nTest accuracy on {best['name']}: {accuracy:.2%}, with the weights of epoch {best['epoch']}")
     for name, row, right in zip(test.classes, confusion, confusion.diagonal(), strict=True):
@@ -309,9 +307,8 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     # Network, optimizer, scheduler
     training = build_training(args, len(train.classes), device, precision == torch.float16)
     model, averaged, optimizer, scheduler, warmup, _ = training.values()
-    settings = {
-        key: value for key, value in vars(args).items() if key not in ("output", "resume", "overwrite")
-    }
+    of_this_call = ("output", "resume", "overwrite")
+    settings = {key: value for key, value in vars(args).items() if key not in of_this_call}
     facts = {"name": data.data_name(args.data), "data": args.data, "norm": args.norm, "settings": settings}
     facts |= {"classes": train.classes, "mean": stats[0], "std": stats[1]}
     history, best = [], None
@@ -319,9 +316,7 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
         restore(training, state, facts)
         history, best = state["history"], state["best"]
         if len(history) == args.epochs:
-            print(
-                f"All {args.epochs} epochs are done, the test follows; a larger --epochs prolongs the run.\n"
-            )
+            print(f"All {args.epochs} epochs are done, only the test follows; --epochs prolongs the run.\n")
     step_model = torch.compile(model) if args.compile else model
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     sizes = [len(split.labels) for split in (train, validation, test)]

@@ -117,7 +117,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. A process that dies, however it dies, holds its locks no longer.
+    """Keep other processes out of the folder. When a process dies, however it dies, its lock is released.
 
     Raises RunError when another process is in it, or when files cannot be written there.
     """
@@ -125,9 +125,8 @@ def lock(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as file:
         try:
             if "fcntl" in globals():
-                fcntl.lockf(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # not flock, which forked workers would share
+                # Not flock, whose lock forked workers would share.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
@@ -146,8 +145,6 @@ KINDS = {  # what each kind of saved file must have
     "checkpoint": {"name", "data", "classes", "mean", "std", "norm", "model", "epoch"},
     "last state": {"data", "classes", "mean", "std", "settings", "history", "best", "model", "optimizer"},
 }
-
-
 FILES = {"checkpoint": "checkpoint.pt", "last state": "last.pt"}
 
 
@@ -244,7 +241,7 @@ def run(main: Callable[[], None]) -> None:
     def stop(number, frame):
         nonlocal status
         status = 128 + number
-        # What is raised while Python tidies up (in a __del__, or as a weak dictionary removes a key) is ignored.
+        # Python ignores what is raised while it tidies up (in a __del__, or in a weak dictionary's remove).
         while frame and frame.f_code.co_name not in ("__del__", "remove"):
             frame = frame.f_back
         if not frame or os.name != "posix":
