@@ -98,7 +98,7 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another --output"
+            f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
         ) from None
 
 
@@ -107,9 +107,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"folder {folder} cannot be made ({error.strerror}): choose another --output"
-        ) from None
+        raise RunError(f"folder {folder} cannot be made ({error.strerror}): choose another folder") from None
     with replacing(folder / "write-test"):
         pass
     (folder / "write-test").unlink()
