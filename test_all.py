@@ -845,7 +845,9 @@ def test_other_bad_input_is_one_line(images, tmp_path, monkeypatch):
         call(train, "--data", images, "--output", tmp_path / "o", "--device", "cuda"), 1, "--device"
     )
     (tmp_path / "file").write_text("")
-    assert_one_line_error(call(train, "--data", images, "--output", tmp_path / "file/o"), 1, "--output")
+    assert_one_line_error(
+        call(train, "--data", images, "--output", tmp_path / "file/o"), 1, "choose another folder"
+    )
     done = call(train, "--data", images, "--output", tmp_path / "o", "--train-size", 1000, *TINY)
     assert_one_line_error(done, 1, "--train-size")
     assert_one_line_error(call(gradcam, "--checkpoint", tmp_path / "none.pt"), 1, "none.pt", "train.py")
