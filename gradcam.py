@@ -106,7 +106,7 @@ def plot_images(images: np.ndarray, titles: list[str], heading: str) -> Figure:
     """The images (n, 32, 32, 3) in a grid of five columns, each under its title."""
     columns = min(5, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(max(1.9 * columns, 4), 2.35 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(2.15 * columns, 4), 2.5 * rows + 0.6), layout="constrained")
     figure.suptitle(textwrap.fill(heading, int(11 * figure.get_figwidth())))
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.axis("off")
