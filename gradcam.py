@@ -106,13 +106,13 @@ def plot_images(images: np.ndarray, titles: list[str], heading: str) -> Figure:
     """The images (n, 32, 32, 3) in a grid of five columns, each under its title."""
     columns = min(5, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(max(2.15 * columns, 4), 2.5 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(2.1 * columns, 4), 2.7 * rows + 0.6), layout="constrained")
     figure.suptitle(textwrap.fill(heading, int(11 * figure.get_figwidth())))
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.axis("off")
     for axis, image, title in zip(figure.axes, images, titles, strict=False):
         axis.imshow(image)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title.replace(", ", "\n").replace(" (", "\n("), fontsize=10)
     return figure
 
 
@@ -211,7 +211,7 @@ def main() -> None:
 
     titles = [f"true: {t}, predicted: {p} ({c:.0%})" for (p, t), c in zip(names, confidences, strict=True)]
     heading = f"test images of {name}, {'most confident first' if args.seed is None else 'picked at random'}"
-    figure = plot_images(images, [title.replace(", ", "\n") for title in titles], f"Misclassified {heading}")
+    figure = plot_images(images, titles, f"Misclassified {heading}")
     utils.save_figure(figure, output / "misclassified.png")
     figure = plot_heatmaps(images, maps, names, titles, f"Grad-CAM ({args.layer}) of misclassified {heading}")
     utils.save_figure(figure, output / "gradcam.png")
