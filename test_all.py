@@ -1163,6 +1163,20 @@ def test_grids_show_every_image_once(n):
     assert len(pictures) == n and all((a == b).all() for a, b in zip(pictures, images, strict=True))
 
 
+@pytest.mark.parametrize("n", [10, 20])
+def test_titles_of_neighbours_do_not_touch(n):
+    images, maps = random_split(n).images, np.ones((n, 2, 32, 32), np.float32)
+    names, longest = [("automobile", "automobile")] * n, "true: automobile, predicted: automobile (100%)"
+    for figure in (
+        gradcam.plot_images(images, [longest] * n, "heading"),
+        gradcam.plot_heatmaps(images, maps, names, [longest] * n, "heading"),
+    ):
+        figure.draw_without_rendering()  # only now has each text its place
+        texts = [text for axis in figure.axes for text in (axis.title, *axis.texts) if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 # ---------------------------------------------------------------- as a user
 
 
