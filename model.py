@@ -6,6 +6,7 @@ python model.py        print the stages: output shape and parameters
 import torch
 from torch import nn
 
+STEM_CHANNELS = 64
 STAGES = {"layer1": (64, 1), "layer2": (128, 2), "layer3": (256, 2), "layer4": (512, 2)}  # channels, stride
 NORMS = ("batch", "layer")
 
@@ -61,9 +62,10 @@ class ResNet18(nn.Module):
             raise ValueError(f"norm is {norm!r}, but must be one of {', '.join(NORMS)}")
         self.classes = classes
         self.feature = nn.Sequential()
-        stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.feature.add_module("stem", nn.Sequential(stem, norm_layer(norm, 64), nn.ReLU(inplace=True)))
-        in_channels = 64
+        in_channels = STEM_CHANNELS
+        stem = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
+        relu = nn.ReLU(inplace=True)
+        self.feature.add_module("stem", nn.Sequential(stem, norm_layer(norm, in_channels), relu))
         for name, (channels, stride) in STAGES.items():
             first = BasicBlock(in_channels, channels, stride, norm)
             second = BasicBlock(channels, channels, 1, norm)
