@@ -87,7 +87,7 @@ def load_split(root: str, split: str) -> Split:
         return read_folder(folder, split)
     if not folder.is_dir() and root != "data":
         raise RunError(
-            f"there is no folder {root}: create it and CIFAR-10 is downloaded into it, or use --data demo"
+            f"there is no folder {root}: name another, create it to download CIFAR-10, or use --data demo"
         )
     if any(file.suffix.lower() in IMG_EXTENSIONS for file in [*folder.glob("*"), *folder.glob("*/*")]):
         raise RunError(f"{root} holds images, but not as train/<class>/* and test/<class>/*: arrange them so")
@@ -417,7 +417,8 @@ def plot_augmentations(images: np.ndarray, mean: tuple[float, ...], name: str, s
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture)
             axes[row, column].axis("off")
-    figure.suptitle(f"Augmentation of {name}: each technique alone, then as in training", fontsize=13)
+    heading = f"Augmentation of {name}: each technique alone and always applied, then as in training"
+    figure.suptitle(heading, fontsize=13)
     return figure
 
 

@@ -205,12 +205,15 @@ def main() -> None:
         print(f"{index:10}  {truth:12}{guess:12}{confidence:10.1%}")
 
     # Why? Each image twice: for the predicted class and for the true one.
-    images, pairs = test.images[chosen], torch.stack([predicted, labels[chosen]], 1).flatten().to(device)
+    # numpy(): an array takes a tensor of one index for a number, and its answer would lack the first axis.
+    images = test.images[chosen.numpy()]
+    pairs = torch.stack([predicted, labels[chosen]], 1).flatten().to(device)
     twice = data.normalize(torch.from_numpy(images).to(device), *stats).repeat_interleave(2, 0)
     maps = GradCAM(model, args.layer).heatmaps(twice, pairs).unflatten(0, (-1, 2)).cpu().numpy()
 
     titles = [f"true: {t}, predicted: {p} ({c:.0%})" for (p, t), c in zip(names, confidences, strict=True)]
-    heading = f"test images of {name}, {'most confident first' if args.seed is None else 'picked at random'}"
+    order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
+    heading = f"test images of {name}, {order}"
     figure = plot_images(images, titles, f"Misclassified {heading}")
     utils.save_figure(figure, output / "misclassified.png")
     figure = plot_heatmaps(images, maps, names, titles, f"Grad-CAM ({args.layer}) of misclassified {heading}")

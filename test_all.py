@@ -509,6 +509,8 @@ def test_precision_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert utils.choose_precision("auto", cpu) is torch.float32
     assert utils.choose_precision("bf16", cpu) is torch.bfloat16
+    with pytest.raises(utils.RunError, match="fp16 needs a GPU"):
+        utils.choose_precision("fp16", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(utils.RunError, match="--device cpu"):
         utils.choose_device("cuda")
@@ -582,6 +584,8 @@ def test_bad_checkpoints_are_refused_and_run_no_code(finished, tmp_path):
         torch.save(state, bad)
         with pytest.raises(utils.RunError, match="is no checkpoint"):
             utils.load_checkpoint(bad, "checkpoint")
+    with pytest.raises(utils.RunError, match="is a folder: name the file .*checkpoint.pt"):
+        utils.load_checkpoint(tmp_path, "checkpoint")
     with pytest.raises(utils.RunError, match="no file .*train.py"):
         utils.load_checkpoint(tmp_path / "missing.pt", "checkpoint")
     state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
@@ -1085,6 +1089,9 @@ def test_gradcam_draws_the_errors_there_are_and_no_empty_grid(finished, images, 
     utils.save_checkpoint(state, tmp_path / "checkpoint.pt")
     done = call(gradcam, "--n", 20, "--checkpoint", tmp_path / "checkpoint.pt")
     assert done.returncode == 0, done.stderr
+    one = call(gradcam, "--n", 1, "--checkpoint", tmp_path / "checkpoint.pt", "--output", tmp_path / "one")
+    assert one.returncode == 0 and one.stdout.count("99.3%") == 1, one.stderr
+    assert (tmp_path / "one/gradcam.png").exists() and (tmp_path / "one/misclassified.png").exists()
     assert "8 of 16" in done.stdout and "Only 8 of the 20" in done.stdout and done.stdout.count("99.3%") == 8
     for name in ("misclassified.png", "gradcam.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5

@@ -228,13 +228,15 @@ def seconds_a_step(batch_size: int, norm: str, precision: torch.dtype) -> float:
     return time.perf_counter() - start
 
 
-def print_header(args, name: str, sizes: list[int], model: ResNet18, device, precision: torch.dtype) -> None:
+def print_header(args, name: str, sizes: list[int], model: ResNet18, device, precision, left: int) -> None:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print("data      {}: {:,} training, {:,} validation, {:,} test images".format(name, *sizes))
     weights = f"{count_parameters(model):,} weights"
     print(f"network   ResNet18, {args.norm} norm, {model.classes} classes, {weights}")
     print(f"device    {hardware}, {str(precision).removeprefix('torch.')}")
     print(f"seed      {args.seed}\noutput    {args.output}")
+    if not left:
+        return print(f"All {args.epochs} epochs are done, only the test follows; --epochs prolongs the run.")
     if device.type == "cpu":
         batch_size = min(args.batch_size, sizes[0])
         epoch = utils.clock(seconds_a_step(batch_size, args.norm, precision) * sizes[0] / batch_size)
@@ -269,7 +271,11 @@ def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, pre
     """Evaluate the best checkpoint on the test set, once; print accuracies, write confusion.png."""
     model.load_state_dict(best["model"])
     stats = best["mean"], best["std"]
+    progress = utils.Progress()
+    progress.show(f"testing on {len(test.labels):,} images")
     logits, labels = evaluate(model, test, stats, precision)
+    mirrored, _ = evaluate(model, test._replace(images=test.images[:, :, ::-1].copy()), stats, precision)
+    progress.show("")
     pairs = (labels * model.classes + logits.argmax(1)).bincount(minlength=model.classes**2)
     confusion = pairs.reshape(model.classes, -1).cpu()  # (true class, predicted class)
     accuracy = confusion.trace().item() / len(labels)
@@ -280,7 +286,6 @@ def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, pre
     print(f"\nTest accuracy on {best['name']}: {accuracy:.2%}, with the weights of epoch {best['epoch']}")
     for name, row, right in zip(test.classes, confusion, confusion.diagonal(), strict=True):
         print(f"    {name:12} {right / row.sum():8.2%}")
-    mirrored, _ = evaluate(model, test._replace(images=test.images[:, :, ::-1].copy()), stats, precision)
     both = (logits.softmax(1) + mirrored.softmax(1)).argmax(1)
     print(f"Averaged with the mirrored image: {(both == labels).float().mean():.2%}")
     print(f"Expected calibration error:       {calibration_error(logits, labels):.2%}")
@@ -315,12 +320,10 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     if state:
         restore(training, state, facts)
         history, best = state["history"], state["best"]
-        if len(history) == args.epochs:
-            print(f"All {args.epochs} epochs are done, only the test follows; --epochs prolongs the run.\n")
     step_model = torch.compile(model) if args.compile else model
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     sizes = [len(split.labels) for split in (train, validation, test)]
-    print_header(args, facts["name"], sizes, model, device, precision)
+    print_header(args, facts["name"], sizes, model, device, precision, args.epochs - len(history))
 
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):

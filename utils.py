@@ -47,7 +47,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" takes bfloat16 where the hardware computes in it, float16 on older CUDA GPUs, else float32."""
+    """ "auto" takes bfloat16 where the hardware computes in it, float16 on older CUDA GPUs, else float32.
+
+    Raises RunError for float16 on a CPU, where it is slower than everything else.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise RunError("--precision fp16 needs a GPU: choose auto, fp32 or bf16")
     if name != "auto":
         return PRECISIONS[name]
     if device.type == "cuda":
@@ -156,6 +161,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 def load_checkpoint(path: Path, kind: str) -> dict:
     """The saved dict, with tensors on the CPU. Raises RunError unless its "kind" is `kind`."""
+    if path.is_dir():
+        raise RunError(f"{path} is a folder: name the file {path / FILES[kind]}")
     if not path.is_file():
         raise RunError(f"there is no file {path}: run train.py first, or name the {FILES[kind]} of a run")
     try:
