@@ -6,7 +6,7 @@ python model.py        print the stages: output shape and parameters
 import torch
 from torch import nn
 
-STEM_CHANNELS = 64
+STEM_CHANNELS = 64  # of the first convolution
 STAGES = {"layer1": (64, 1), "layer2": (128, 2), "layer3": (256, 2), "layer4": (512, 2)}  # channels, stride
 NORMS = ("batch", "layer")
 

@@ -872,6 +872,7 @@ def test_a_stopped_run_ends_with_one_line_and_can_go_on(number, status, images, 
     assert err.strip().startswith("stopped; to go on: ") and "--resume" in err
     epochs = len(utils.load_checkpoint(tmp_path / "last.pt", "last state")["history"])
     done = call(train, "--resume", tmp_path / "last.pt", "--epochs", epochs)  # only the test is left
+    assert "only the test follows" in done.stdout and "an epoch will take" not in done.stdout
     assert done.returncode == 0 and "Test accuracy" in done.stdout
 
 
