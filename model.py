@@ -1,22 +1,21 @@
 """ResNet18 (He et al. 2015, https://arxiv.org/abs/1512.03385) in the form for 32x32 images.
 
-python model.py        print the stages: output shape and parameters
+python model.py                print the stages: output shape and parameters
+python model.py --width 16     the same for a network of a quarter of the width
 """
+
+import argparse
+from functools import partial
 
 import torch
 from torch import nn
 
-STEM_CHANNELS = 64  # of the first convolution
-STAGES = {"layer1": (64, 1), "layer2": (128, 2), "layer3": (256, 2), "layer4": (512, 2)}  # channels, stride
-NORMS = ("batch", "layer")
-
-
-def norm_layer(norm: str, channels: int) -> nn.Module:
-    """Batch normalisation (Ioffe and Szegedy 2015), or layer normalisation (Ba et al. 2016) of each image.
-
-    GroupNorm with one group takes mean and variance over channels and positions, then scales each channel.
-    """
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(1, channels)
+WIDTH = 64  # channels of the first convolution, the stem
+STAGES = {"layer1": (1, 1), "layer2": (2, 2), "layer3": (4, 2), "layer4": (8, 2)}  # channels / width, stride
+NORMS = {  # each is called with the number of channels
+    "batch": nn.BatchNorm2d,  # Ioffe and Szegedy 2015
+    "layer": partial(nn.GroupNorm, 1),  # Ba et al. 2016: each image for itself, over channels and positions
+}
 
 
 class BasicBlock(nn.Module):
@@ -29,13 +28,13 @@ class BasicBlock(nn.Module):
         super().__init__()
         # No bias: the normalisation that follows has one of its own.
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.norm1 = norm_layer(norm, channels)
+        self.norm1 = NORMS[norm](channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = norm_layer(norm, channels)
+        self.norm2 = NORMS[norm](channels)
         self.shortcut = nn.Sequential()  # the identity, while shapes agree
         if stride != 1 or in_channels != channels:
             projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(projection, norm_layer(norm, channels))
+            self.shortcut = nn.Sequential(projection, NORMS[norm](channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # relu_ and += write over their input, which nothing needs any more: less memory, a little faster.
@@ -52,28 +51,25 @@ class ResNet18(nn.Module):
 
     feature     nn.Sequential of the stages stem, layer1, layer2, layer3, layer4
     classifier  global average pool, flatten, linear
-    classes     number of classes, 11,173,962 parameters for ten
-    norm        "batch" or "layer"; anything else raises ValueError
+    norm        a key of NORMS; any other raises KeyError
+    width       channels of the stem; 64 is ResNet18, with 11,173,962 parameters for ten classes
     """
 
-    def __init__(self, classes: int = 10, norm: str = "batch"):
+    def __init__(self, classes: int = 10, norm: str = "batch", width: int = WIDTH):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}, but must be one of {', '.join(NORMS)}")
+        self.name = "ResNet18" if width == WIDTH else f"ResNet18 of width {width}"
         self.classes = classes
         self.feature = nn.Sequential()
-        in_channels = STEM_CHANNELS
-        stem = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
-        relu = nn.ReLU(inplace=True)
-        self.feature.add_module("stem", nn.Sequential(stem, norm_layer(norm, in_channels), relu))
-        for name, (channels, stride) in STAGES.items():
-            first = BasicBlock(in_channels, channels, stride, norm)
+        stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.feature.add_module("stem", nn.Sequential(stem, NORMS[norm](width), nn.ReLU(inplace=True)))
+        channels = width
+        for stage, (multiple, stride) in STAGES.items():
+            first = BasicBlock(channels, multiple * width, stride, norm)
+            channels = multiple * width
             second = BasicBlock(channels, channels, 1, norm)
-            self.feature.add_module(name, nn.Sequential(first, second))
-            in_channels = channels
-        self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, classes)
-        )
+            self.feature.add_module(stage, nn.Sequential(first, second))
+        linear = nn.Linear(channels, classes)
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.feature(x))
@@ -86,8 +82,8 @@ def count_parameters(module: nn.Module) -> int:
 
 @torch.no_grad()
 def summary(model: ResNet18) -> str:
-    """A table with a line a stage: its name, the shape of what it puts out for one image, its parameters."""
-    lines = [f"{'stage':12}{'output shape':>18}{'parameters':>14}"]
+    """A table with a line per stage: its name, the shape of its output for one image, its parameters."""
+    lines = [model.name, f"{'stage':12}{'output shape':>18}{'parameters':>14}"]
     x = torch.zeros(1, 3, 32, 32)
     for name, stage in [*model.feature.named_children(), ("classifier", model.classifier)]:
         x = stage(x)
@@ -97,8 +93,15 @@ def summary(model: ResNet18) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    print(summary(ResNet18().eval()))
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print the stages of ResNet18.")
+    parser.add_argument(
+        "--width", type=int, default=WIDTH, help="channels of the stem (default: %(default)s)"
+    )
+    width = parser.parse_args(argv).width
+    if width < 1:
+        parser.error(f"--width {width}: a stem needs at least one channel")
+    print(summary(ResNet18(width=width).eval()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of every promise; no network, under three minutes on two cores.
+"""Tests of every promise; no network, under two minutes on two cores.
 
 python -m pytest -q test_all.py
 """
@@ -9,18 +9,17 @@ import gc
 import hashlib
 import http.server
 import io
-import math
 import os
 import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -41,31 +40,54 @@ import utils
 from model import ResNet18, count_parameters
 
 pytestmark = pytest.mark.filterwarnings("error")
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 HERE = Path(__file__).parent
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
+CPU = torch.device("cpu")
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of CIFAR-10
 
 
-def script(*words, cwd=None) -> subprocess.CompletedProcess:
-    """Run one of the scripts in a process of its own, as a user does."""
-    command = [sys.executable, str(HERE / words[0]), *map(str, words[1:])]
-    return subprocess.run(command, cwd=cwd, timeout=120, capture_output=True, text=True)
+def start(code: str, *words, **options) -> subprocess.Popen:
+    """Run Python code in a process of its own, with the scripts at hand."""
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}",
+        *map(str, words),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def start_until(line: str, code: str, *words, **options) -> subprocess.Popen:
+    """The same, until it prints a line that holds these words."""
+    process = start(code, *words, **options)
+    while line not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    return process
+
+
+TRAIN = "import train, utils; train.SAVE_SECONDS = -1; utils.run(train.main)"  # saves after every epoch
 
 
 def call(module, *words) -> subprocess.CompletedProcess:
-    """The same in this process, which saves the seconds of the imports."""
+    """A script as a user calls it, but in this process, which saves the seconds of the imports."""
     out, err, status = io.TextIOWrapper(io.BytesIO()), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    handler = signal.getsignal(signal.SIGTERM)
+    with redirect_stdout(out), redirect_stderr(err):
         try:
-            utils.run(module.main)
+            utils.run(lambda: module.main([*map(str, words)]))
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1
             print(stop.code if status == 1 else "", file=err)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, handler)
     out.seek(0)
     return subprocess.CompletedProcess(words, status, out.read(), err.getvalue())
+
+
+def succeed(module, *words) -> str:
+    """What the script prints."""
+    done = call(module, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, status: int, *words: str) -> None:
@@ -77,33 +99,27 @@ def assert_one_line_error(done: subprocess.CompletedProcess, status: int, *words
         assert word in message, message
 
 
-def write_images(folder: Path, classes=("cat", "dog"), count=8, seed=0) -> Path:
-    """A folder of images whose classes differ in brightness."""
-    rng = np.random.default_rng(seed)
-    for split in ("train", "test"):
-        for level, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 100, (32, 32, 3)) + 150 * level // max(1, len(classes) - 1)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder with eight images per class, which differ in brightness."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for path in [folder / split / name for split in ("train", "test") for name in ("cat", "dog")]:
+        path.mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 100, (32, 32, 3)) + 150 * (path.name == "dog")
+            Image.fromarray(pixels.astype(np.uint8)).save(path / f"{i}.png")
     return folder
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-TINY = ("--epochs", 2, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--precision", "fp32")
+FLAGS = "--epochs 2 --batch-size 4 --workers 0 --width 8 --device cpu --precision fp32"
+TINY = FLAGS.split()
 
 
 @pytest.fixture(scope="session")
 def finished(images, tmp_path_factory) -> Path:
-    """The output folder of a run of two epochs on eight images a class."""
+    """The output folder of a run of two epochs on eight images per class."""
     output = tmp_path_factory.mktemp("finished")
-    done = call(train, "--data", images, "--output", output, *TINY)
-    assert done.returncode == 0, done.stderr
-    (output / "log").write_text(done.stdout)
+    (output / "log").write_text(succeed(train, "--data", images, "--output", output, *TINY))
     return output
 
 
@@ -137,37 +153,43 @@ def test_layer_norm_normalises_each_image_over_channels_and_positions():
     torch.testing.assert_close(model.feature.stem[1](x), by_hand)
     y = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(model(y)[:1], model(y[:1]), atol=1e-5, rtol=1e-4)  # no image sees another
-    with pytest.raises(ValueError, match="batch, layer"):
+    with pytest.raises(KeyError, match="group"):
         ResNet18(norm="group")
 
 
-def test_model_prints_its_table(capsys):
-    model_script.main()
-    table = capsys.readouterr().out
-    assert "11,173,962" in table and "512 x 4 x 4" in table and "2,099,712" in table
+def test_model_prints_its_table():
+    table = succeed(model_script)
+    assert table.startswith("ResNet18\n") and "11,173,962" in table and "512 x 4 x 4" in table
+    narrow = succeed(model_script, "--width", 16)
+    assert narrow.startswith("ResNet18 of width 16\n") and "701,466" in narrow and "128 x 4 x 4" in narrow
+    assert_one_line_error(call(model_script, "--width", 0), 2, "--width 0")
 
 
 def test_imports_do_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import torch; seed = torch.initial_seed(); "
-    code += "import model; assert not {'albumentations', 'matplotlib', 'cv2'} & set(sys.modules); "
-    code += "import data, utils, train, gradcam; assert 'albumentations' not in sys.modules; "
-    code += "assert seed == torch.initial_seed()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
+    code = "import torch; seed = torch.initial_seed(); import model; "
+    code += "assert not {'albumentations', 'matplotlib', 'cv2', 'torchvision'} & set(sys.modules); "
+    code += "import data, utils, train, gradcam; assert seed == torch.initial_seed()"
+    process = start(code, cwd=tmp_path)
+    assert process.communicate() == ("", "") and process.returncode == 0 and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- data.py
 
 
-def random_split(count: int, seed: int = 0) -> data.Split:
-    rng = np.random.default_rng(seed)
+def random_split(count: int) -> data.Split:
+    rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return data.Split(pixels, rng.integers(0, 10, count), [str(i) for i in range(10)])
+    return data.Split(pixels, rng.integers(0, 10, count), [str(i) for i in range(10)], "random")
 
 
-def epoch_of(loader, epoch: int) -> list:
-    loader.sampler.epoch = epoch
-    return [(images.clone(), labels.clone()) for images, labels in loader]
+def batches(split, batch_size=16, seed=3, workers=0, epochs=(1,), mean=MEAN, without=()) -> list:
+    """All batches of the epochs: pairs of images and labels."""
+    techniques = data.augmentations(mean, without)
+    with data.train_loader(split, techniques, batch_size, seed, workers, CPU) as loader:
+        found = []
+        for loader.sampler.epoch in epochs:
+            found += [(images.clone(), labels.clone()) for images, labels in loader]
+    return found
 
 
 def same(a: list, b: list) -> bool:
@@ -176,24 +198,29 @@ def same(a: list, b: list) -> bool:
 
 def test_batches_depend_on_seed_epoch_and_number_alone():
     split = random_split(100)
-    reference = {epoch: epoch_of(data.train_loader(split, MEAN, 16, 3, 0), epoch) for epoch in (1, 2)}
-    assert [len(labels) for _, labels in reference[1]] == [16] * 6 + [4]
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # four workers on two cores
-    for workers in (1, 2, 4):
-        loader = data.train_loader(split, MEAN, 16, 3, workers)
-        assert same(epoch_of(loader, 1), reference[1])
-        assert same(epoch_of(loader, 2), reference[2])  # the workers are the same ones
-        loader = data.train_loader(split, MEAN, 16, 3, workers)
-        assert same(epoch_of(loader, 2), reference[2])  # as after a resume
-    assert not same(reference[1], reference[2])
-    assert not same(reference[1], epoch_of(data.train_loader(split, MEAN, 16, 4, 0), 1))
+    first, second = batches(split, epochs=[1]), batches(split, epochs=[2])
+    assert [len(labels) for _, labels in first] == [16] * 6 + [4]
+    for workers in (1, 2):
+        assert same(batches(split, workers=workers, epochs=[1, 2]), first + second)
+        assert same(batches(split, workers=workers, epochs=[2]), second)  # as after a resume
+    assert not same(first, second)
+    assert not same(first, batches(split, seed=4))
+
+
+def test_workers_end_though_a_traceback_refers_to_the_loader():
+    loading, workers = data.train_loader(random_split(100), data.augmentations(MEAN), 8, 0, 1, CPU), []
+    with pytest.raises(ZeroDivisionError), loading as loader:
+        for _ in loader:
+            workers += loader._iterator._workers
+            1 / 0  # noqa: B018
+    assert len(workers) == 1 and not workers[0].is_alive()
 
 
 def test_an_epoch_holds_every_image_once_and_labels_stay():
     split = random_split(50)
     # Augmentation keeps a flat image.
     split.images[:] = np.arange(50, dtype=np.uint8)[:, None, None, None] + 100
-    seen = epoch_of(data.train_loader(split, [1.0, 1.0, 1.0], 8, 0, 0), 1)
+    seen = batches(split, mean=[1.0, 1.0, 1.0])
     values = torch.cat([images.amin((1, 2, 3)) for images, _ in seen]).long() - 100
     assert values.sort().values.tolist() == list(range(50))
     assert torch.equal(torch.cat([labels for _, labels in seen]), torch.from_numpy(split.labels)[values])
@@ -201,88 +228,74 @@ def test_an_epoch_holds_every_image_once_and_labels_stay():
 
 def augmentation_draws(count: int) -> dict[str, np.ndarray]:
     """What was decided for each of `count` copies of one image, read off the pixels."""
-    column = np.arange(32, dtype=np.uint8) * 4 + 60
+    ramp = np.arange(32, dtype=np.uint8) * 4 + 60
     image = np.zeros((32, 32, 3), np.uint8)
-    image[..., 0], image[..., 1] = column[None, :], column[:, None]
-    split = data.Split(np.repeat(image[None], count, 0), np.zeros(count, int), ["one"])
-    hole = (0, 0, 1.0)
-    batches = epoch_of(data.train_loader(split, hole, 500, 0, 0), 1)
-    pictures = torch.cat([images for images, _ in batches]).numpy().astype(int)
+    image[..., 0], image[..., 1] = ramp[None, :], ramp[:, None]
+    split = data.Split(np.repeat(image[None], count, 0), np.zeros(count, int), ["one"], "one")
+    drawn = batches(split, 500, mean=[0, 0, 1.0])  # a blue hole
+    pictures = torch.cat([images for images, _ in drawn]).numpy().astype(int)
     cut = pictures[..., 2] == 255
-    visible = np.where(cut[..., None], -1, pictures)
-    rising = np.array(
-        [np.diff(p[..., 0], axis=1)[(p[:, 1:, 0] >= 0) & (p[:, :-1, 0] >= 0)].sum() > 0 for p in visible]
-    )
-    # Unrotated, the first channel is the same along each column (outside the hole).
-    level = np.array(
-        [
-            (np.where(c, 0, p[..., 0]).max(0) == np.where(c, 999, p[..., 0]).min(0))[(~c).any(0)].all()
-            for p, c in zip(pictures, cut, strict=True)
-        ]
-    )
+    # Along a row the first channel rises, or falls when flipped; along a column it changes when rotated.
+    red = np.ma.array(pictures[..., 0], mask=cut)
+    flip, rotate = np.diff(red, axis=2).sum((1, 2)) < 0, (red.max(1) > red.min(1)).any(1)
     corner = np.array([np.argwhere(c)[0] if c.any() else (-1, -1) for c in cut])
-    return {
-        "flip": ~rising,
-        "rotate": ~level,
-        "cutout": cut.any((1, 2)),
-        "corner": corner,
-        "area": cut.sum((1, 2)),
-        "pictures": pictures,
-    }
+    draws = {"flip": flip.filled(), "rotate": rotate.filled(False), "cutout": cut.any((1, 2))}
+    return {**draws, "corner": corner, "area": cut.sum((1, 2)), "pictures": pictures}
+
+
+def chi_square(draws: np.ndarray, values: int) -> float:
+    """How far the counts of the draws 0, 1, ... are from equal: its mean is values - 1."""
+    counts = np.bincount(draws, minlength=values)
+    assert len(counts) == values
+    return ((counts - counts.mean()) ** 2 / counts.mean()).sum()
 
 
 def test_augmentation_statistics_are_as_documented():
     draws = augmentation_draws(4000)
-    for name in ("flip", "rotate", "cutout"):
-        chance = getattr(data, f"{name.upper()}_PROBABILITY")
-        assert abs(draws[name].mean() - chance) < 0.035, name  # four standard deviations
+    visible = {"flip": 1, "cutout": 1, "rotate": 1 - 0.45 / data.ROTATE_LIMIT}  # under 0.45° no pixel changes
+    for name, share in visible.items():
+        chance = getattr(data, f"{name.upper()}_PROBABILITY") * share
+        assert abs(draws[name].mean() - chance) < 0.032, name  # four standard deviations
     for a, b in (("flip", "rotate"), ("flip", "cutout"), ("rotate", "cutout")):
         correlation = np.corrcoef(draws[a], draws[b])[0, 1]
         assert abs(correlation) < 0.065, (a, b, correlation)  # 4 / sqrt(4000); one shared seed would give 1
     assert set(draws["area"]) == {0, data.CUTOUT_SIZE**2}
-    corners = draws["corner"][draws["cutout"]]
-    for axis in (0, 1):  # chi-square with 16 degrees of freedom: 45 has a probability of 1e-4
-        counts = np.bincount(corners[:, axis], minlength=17)
-        assert len(counts) == 17 and ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 45
     plain = draws["pictures"][~draws["flip"] & ~draws["rotate"] & ~draws["cutout"]]
-    for channel in (0, 1):  # the middle pixel tells the crop's offset: 9 values of equal chance
-        offsets = (plain[:, 16, 16, channel] - 60) // 4 - 16
-        counts = np.bincount(offsets + 4, minlength=9)
-        assert len(counts) == 9 and ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 32
+    for axis in (0, 1):  # of a probability of 1e-4
+        assert chi_square(draws["corner"][draws["cutout"]][:, axis], 17) < 45
+        offsets = (plain[:, 16, 16, axis] - 60) // 4 - 16  # the middle pixel tells that of the crop
+        assert chi_square(offsets + 4, 9) < 32
+    pictures = draws["pictures"][:200].reshape(200, -1)
+    assert len(np.unique(pictures, axis=0)) > 150  # the images of a batch differ
 
 
-def test_cutout_leaves_the_rest_of_the_image_alone():
-    image = random_split(1).images[0]
-    cutout = data.augmentations(MEAN)["CutOut"]
-    out = cutout(image=image, force_apply=True)["image"]
-    changed = (out != image).any(2)
-    rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
-    assert rows.max() - rows.min() < 16 and columns.max() - columns.min() < 16
-    assert (out[changed] == [round(255 * m) for m in MEAN]).all()
-
-
-def test_images_of_a_batch_are_augmented_differently():
-    pictures = augmentation_draws(200)["pictures"]
-    assert len(np.unique(pictures.reshape(200, -1), axis=0)) > 150
+@pytest.mark.parametrize("technique, number", [("crop", 2), ("flip", 1), ("rotate", 1), ("cutout", 1)])
+def test_a_technique_that_is_left_out_is_missing_and_the_others_stay(technique, number):
+    everything, rest = data.augmentations(MEAN), data.augmentations(MEAN, [technique])
+    assert len(everything[technique]) == number and list(rest) == [t for t in everything if t != technique]
+    assert repr(rest) == repr({name: everything[name] for name in rest})
+    split = random_split(8)
+    images = torch.cat([images for images, _ in batches(split, without=list(everything))])
+    assert same([(images.sort(0).values, images)], [(torch.from_numpy(split.images).sort(0).values, images)])
 
 
 def test_split_is_stratified_disjoint_and_from_the_seed():
     labels = np.random.default_rng(0).permutation(np.arange(5000) % 10)
-    training, validation = data.split_validation(labels, 0.1, None, 0)
-    assert np.bincount(labels[validation]).tolist() == [50] * 10
-    assert sorted([*training, *validation]) == list(range(5000))
-    again = data.split_validation(labels, 0.1, None, 0)
-    assert (again[0] == training).all() and (again[1] == validation).all()
-    assert (data.split_validation(labels, 0.1, None, 1)[1] != validation).any()
-    training, validation = data.split_validation(labels, 0.1, 900, 0)
-    assert (
-        np.bincount(labels[training]).tolist() == [90] * 10
-        and np.bincount(labels[validation]).tolist() == [10] * 10
-    )
-    assert not set(training) & set(validation)
-    assert len(data.split_validation(labels, 0, None, 0)[1]) == 0
-    with pytest.raises(utils.RunError, match="4500"):
-        data.split_validation(labels, 0.1, 4501, 0)
+    pixels = np.arange(5000, dtype=np.int64)[:, None, None, None]  # an image is its number
+    split = data.Split(pixels, labels, [], "")
+    training, validation = data.split_validation(split, 0.1, None, 0)
+    assert np.bincount(validation.labels).tolist() == [50] * 10
+    assert sorted([*training.images.flat, *validation.images.flat]) == list(range(5000))
+    assert (labels[training.images.flat] == training.labels).all()
+    again, other = data.split_validation(split, 0.1, None, 0), data.split_validation(split, 0.1, None, 1)
+    assert (again[1].images == validation.images).all() and (other[1].images != validation.images).any()
+    training, validation = data.split_validation(split, 0.1, 1000, 0)
+    assert np.bincount(training.labels).tolist() == [90] * 10
+    assert np.bincount(validation.labels).tolist() == [10] * 10
+    assert not set(training.images.flat) & set(validation.images.flat)
+    for share, limit, words in ((0.1, 5001, "--limit 5001"), (0.1, 3, "leaves nothing"), (0.9, 2, "nothing")):
+        with pytest.raises(utils.RunError, match=words):
+            data.split_validation(split, share, limit, 0)
 
 
 def test_statistics_and_normalisation_agree_with_numpy():
@@ -290,7 +303,7 @@ def test_statistics_and_normalisation_agree_with_numpy():
     mean, std = data.channel_statistics(images)
     np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=1e-6)
-    normal = data.normalize(torch.from_numpy(images), mean, std)
+    normal = data.Normalize(mean, std)(torch.from_numpy(images))
     assert normal.shape == (40, 3, 32, 32) and normal.dtype == torch.float32
     assert normal.is_contiguous(memory_format=torch.channels_last)
     expected = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
@@ -318,7 +331,7 @@ def test_folder_of_images_is_read_in_order_and_resized(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("L", (70, 40), shade).save(tmp_path / split / name / "one.png")
     loaded = data.load_split(str(tmp_path), "test")
-    assert loaded.classes == ["a", "b"] and loaded.labels.tolist() == [0, 1]
+    assert loaded.name == tmp_path.name and loaded.classes == ["a", "b"] and loaded.labels.tolist() == [0, 1]
     assert loaded.images.shape == (2, 32, 32, 3) and loaded.images[:, 0, 0].tolist() == [[50] * 3, [200] * 3]
 
 
@@ -326,19 +339,17 @@ def test_images_of_any_kind_are_read_as_rgb(tmp_path):
     pixels = random_split(1).images[0]
     colour, grey = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
     transparent = Image.fromarray(np.dstack([pixels, pixels[..., :1]]))
-    colour.save(tmp_path / "colour.png")
-    grey.save(tmp_path / "grey.png")
-    transparent.save(tmp_path / "transparent.png")
-    grey.convert("P").save(tmp_path / "palette.png")
     colour.save(tmp_path / "animated.png", save_all=True, append_images=[transparent.convert("RGB"), colour])
-    for name, expected in (
-        ("colour", pixels),
-        ("grey", pixels[..., :1].repeat(3, 2)),
-        ("transparent", pixels),
-        ("palette", pixels[..., :1].repeat(3, 2)),
-        ("animated", pixels),
-    ):
-        assert (np.asarray(data.read_image(tmp_path / f"{name}.png")) == expected).all(), name
+    for kind, image in {
+        "plain": colour,
+        "grey": grey,
+        "rgba": transparent,
+        "palette": grey.convert("P"),
+    }.items():
+        image.save(tmp_path / f"{kind}.png")
+    for file in tmp_path.iterdir():
+        expected = pixels[..., :1] if file.stem in ("grey", "palette") else pixels
+        assert (data.read_image(file) == expected).all(), file
 
 
 BAD_IMAGES = {
@@ -348,7 +359,6 @@ BAD_IMAGES = {
     "flipped.png": lambda good: good[:300] + bytes([good[300] ^ 255]) + good[301:],
     "grey16.png": lambda good: encoded(np.full((32, 32), 1000, np.uint16)),
     "float.tif": lambda good: encoded(np.ones((32, 32), np.float32), "tiff"),
-    "huge.png": lambda good: encoded(np.zeros((10_000, 10_000), np.uint8)),
 }
 
 
@@ -359,67 +369,57 @@ def encoded(pixels: np.ndarray, kind: str = "png") -> bytes:
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_is_named(tmp_path, name):
-    write_images(tmp_path)
-    file = tmp_path / "train/cat" / name
-    file.write_bytes(BAD_IMAGES[name]((tmp_path / "train/cat/3.png").read_bytes()))
+def test_a_bad_image_is_named(images, tmp_path, name):
+    folder = shutil.copytree(images, tmp_path / "images")
+    good = (folder / "train/cat/3.png").read_bytes()
+    (folder / "train/cat" / name).write_bytes(BAD_IMAGES[name](good))
     with pytest.raises(utils.RunError, match=f"{name} cannot be read as an image: repair or remove it"):
-        data.load_split(str(tmp_path), "train")
+        data.load_split(str(folder), "train")
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda folder: [f.unlink() for f in (folder / "train/dog").iterdir()], ["dog"]),
-        (lambda folder: shutil.rmtree(folder / "test/dog"), ["dog", "only one"]),
-        (lambda folder: shutil.rmtree(folder / "test"), ["test"]),
-    ],
-)
-def test_bad_image_folders_are_named(tmp_path, damage, words):
-    damage(write_images(tmp_path))
-    with pytest.raises(utils.RunError) as error:
-        data.load_train_test(str(tmp_path))
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("place", ["", "dog"])
-def test_nothing_is_downloaded_into_a_folder_of_loose_images(tmp_path, place):
-    (tmp_path / place).mkdir(exist_ok=True)
-    Image.new("RGB", (32, 32)).save(tmp_path / place / "a.PNG")
-    with pytest.raises(utils.RunError, match="train/<class>"):
-        data.load_train_test(str(tmp_path))
-    assert not (tmp_path / "lock").exists()
+def test_folders_that_are_no_data_set_are_named_and_left_alone(images, tmp_path):
+    for name in ("empty class", "class missing", "no test", "other names"):
+        shutil.copytree(images, tmp_path / name)
+    shutil.rmtree(tmp_path / "empty class/train/dog")
+    (tmp_path / "empty class/train/dog").mkdir()
+    shutil.rmtree(tmp_path / "class missing/test/dog")
+    shutil.rmtree(tmp_path / "no test/test")
+    for split in ("train", "test"):
+        (tmp_path / "other names" / split).rename(tmp_path / "other names" / f"my {split}ing images")
+    before = sorted(tmp_path.rglob("*"))
+    for name, words in {
+        "empty class": ["dog"],
+        "class missing": ["same class folders"],
+        "no test": ["test must hold a folder of images for each class"],
+        "other names": ["holds my testing images, my training images", "train/<class>/* and test/<class>/*"],
+        ".": ["holds class missing, empty class, no test, other names", "CIFAR-10"],
+        "other names/my training images": ["holds cat, dog"],
+        "nowhere": ["no folder", "CIFAR-10"],
+    }.items():
+        done = call(train, "--data", tmp_path / name, "--output", tmp_path / "output", *TINY)
+        assert_one_line_error(done, 1, *words)
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------- the download
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/good delivers the archive; /slow a byte at a time; /cut half; /corrupt one wrong byte; else 404."""
+    """/good delivers the archive; /silent never ends; /cut half; /corrupt one wrong byte; else 404."""
 
     archive = b""
 
     def do_GET(self):
-        kind = self.path.strip("/")
-        if kind not in ("good", "slow", "cut", "corrupt"):
+        kind, half = self.path.strip("/"), self.archive[: len(self.archive) // 2]
+        bodies = {"good": self.archive, "silent": half, "cut": half, "corrupt": self.archive[:-1] + b"?"}
+        if kind not in bodies:
             return self.send_error(404)
-        body = self.archive
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(self.archive)))
         self.end_headers()
-        if kind == "corrupt":
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        try:
-            if kind == "slow":
-                for i in range(len(body)):
-                    self.wfile.write(body[i : i + 1])
-                    time.sleep(0.05)
-            else:
-                self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
-        except OSError:
-            pass  # the client gave up
+        self.wfile.write(bodies[kind])
+        time.sleep(3 if kind == "silent" else 0)
 
     def log_message(self, *_):
         pass
@@ -427,71 +427,78 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def small_cifar10(monkeypatch):
-    """A CIFAR-10 of ten images a file, with checksums of its own, and a local server that has it."""
-    rng, files, members = np.random.default_rng(0), {}, io.BytesIO()
+    """A CIFAR-10 of ten images per file, with checksums of its own, and a local server that has it."""
+    rng, members, classes = np.random.default_rng(0), io.BytesIO(), [f"class{i}" for i in range(10)]
+    files = {"batches.meta": pickle.dumps({"label_names": classes})}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        files[name] = pickle.dumps(
-            {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
-        )
-    files["batches.meta"] = pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
+        pixels = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+        files[name] = pickle.dumps({"data": pixels, "labels": list(range(10))})
     with tarfile.open(fileobj=members, mode="w:gz") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(data.CIFAR10, "train_list", [[n, sums[n]] for n in files if n.startswith("data")])
-    monkeypatch.setattr(data.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-    monkeypatch.setattr(data.CIFAR10, "meta", meta)
-    archive = members.getvalue()
-    md5 = hashlib.md5(archive).hexdigest()
-    monkeypatch.setattr(data.CIFAR10, "tgz_md5", md5)
+    archive, sums = members.getvalue(), {name: hashlib.md5(files[name]).hexdigest() for name in files}
+    for attribute, value in {
+        "train_list": [[name, sums[name]] for name in files if name.startswith("data")],
+        "test_list": [["test_batch", sums["test_batch"]]],
+        "meta": {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
+        "tgz_md5": hashlib.md5(archive).hexdigest(),
+    }.items():
+        monkeypatch.setattr(data.CIFAR10, attribute, value)
     monkeypatch.setattr(Server, "archive", archive)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", archive, md5
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data, "CIFAR10_URLS", [f"http://127.0.0.1:{server.server_port}/good"])
+        yield archive
+        server.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_download_goes_on_to_the_address_that_delivers(small_cifar10, tmp_path, capfd):
-    address, archive, md5 = small_cifar10
-    refusing = "http://127.0.0.1:9/none"
-    urls = {
-        refusing: 9,
-        **{f"{address}/{kind}": 2 for kind in ("missing", "slow", "cut", "corrupt")},
-        f"{address}/good": 9,
-    }
-    data.fetch_cifar10(tmp_path, urls, md5)
-    told = capfd.readouterr().err
-    assert told.count("downloading") == 6 and told.count("failed") == 4 and told.count("too slow") == 1
-    assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == archive
-    assert not list(tmp_path.glob("*.part"))
+def test_download_goes_on_to_the_address_that_delivers(small_cifar10, tmp_path, monkeypatch, capfd):
+    (good,) = data.CIFAR10_URLS
+    bad = [good.replace("good", kind) for kind in ("missing", "silent", "cut", "corrupt")]
+    monkeypatch.setattr(data, "CIFAR10_URLS", ["http://127.0.0.1:9/none", *bad, good])
+    monkeypatch.setattr(data, "SILENCE_LIMIT", 1)
     assert len(data.load_split(str(tmp_path), "train").labels) == 50
+    told = capfd.readouterr().err
+    assert told.count("downloading") == 6 and told.count("failed") == 5
+    assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == small_cifar10
+    assert {path.name for path in tmp_path.iterdir()} == {"cifar-10-python.tar.gz", "cifar-10-batches-py"}
+    assert socket.getdefaulttimeout() is None
 
 
-def test_an_archive_in_the_folder_is_used_and_a_damaged_one_named(small_cifar10, tmp_path):
-    _, archive, md5 = small_cifar10
-    file = tmp_path / "cifar-10-python.tar.gz"
-    file.write_bytes(archive[:-5])
-    with pytest.raises(utils.RunError, match="tar.gz is incomplete or damaged.*delete it"):
-        data.fetch_cifar10(tmp_path, {}, md5)
-    file.write_bytes(archive)
-    data.fetch_cifar10(tmp_path, {}, md5)
+def test_an_archive_in_the_folder_is_used(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CIFAR10_URLS", [])
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(small_cifar10)
     assert data.load_split(str(tmp_path), "test").classes[3] == "class3"
     (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"damaged")
-    data.fetch_cifar10(tmp_path, {}, md5)  # unpacked again
+    assert len(data.load_split(str(tmp_path), "test").images) == 10  # unpacked again
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
     assert len(data.load_split(str(tmp_path), "test").images) == 10
 
 
-def test_without_any_address_three_ways_out_are_named(tmp_path):
-    with pytest.raises(utils.RunError, match=r"cifar-10-python.tar.gz.*train/<class>.*--data demo"):
-        data.fetch_cifar10(tmp_path, {})
-    with pytest.raises(utils.RunError, match="no folder"):
-        data.load_split(str(tmp_path / "nowhere"), "train")
+def test_a_damaged_archive_is_fetched_again_only_into_our_own_folder(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("theirs", "data"):
+        Path(folder).mkdir()
+        Path(folder, "cifar-10-python.tar.gz").write_bytes(small_cifar10[:-5])
+    with pytest.raises(utils.RunError, match="theirs holds cifar-10-python.tar.gz.*undamaged"):
+        data.load_split("theirs", "train")
+    assert Path("theirs/cifar-10-python.tar.gz").read_bytes() == small_cifar10[:-5]
+    assert len(data.load_split("data", "train").images) == 50
+    assert Path("data/cifar-10-python.tar.gz").read_bytes() == small_cifar10
+
+
+def test_a_failed_download_damages_nothing_and_names_three_ways_out(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/cifar-10-python.tar.gz").write_bytes(small_cifar10[:-5])
+    monkeypatch.setattr(data, "CIFAR10_URLS", [data.CIFAR10_URLS[0].replace("good", "corrupt")])
+    with pytest.raises(utils.RunError, match=r"cifar-10-python.tar.gz into data.*--data;.*--data demo"):
+        data.load_split("data", "train")
+    assert [path.name for path in Path("data").iterdir()] == ["cifar-10-python.tar.gz"]
+    assert Path("data/cifar-10-python.tar.gz").read_bytes() == small_cifar10[:-5]
 
 
 # ---------------------------------------------------------------- utils.py
@@ -516,48 +523,47 @@ def test_precision_follows_the_hardware(monkeypatch):
         utils.choose_device("cuda")
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "file"
-    file.write_text("old")
-    with pytest.raises(ZeroDivisionError), utils.replacing(file) as writer:
-        writer.write(b"half")
-        1 / 0  # noqa: B018
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-    with utils.replacing(file) as writer:
-        writer.write(b"new")
-    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+    utils.write(file, b"old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", lambda _: signal.raise_signal(signal.SIGINT))
+        utils.write(file, b"new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+    utils.write(file, b"new")
+    assert file.read_bytes() == b"new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_checkpoint_is_tried_again_for_seconds_and_a_picture_is_given_up(tmp_path, monkeypatch, capsys):
+    """As where a virus scanner or a viewer holds the file."""
+    waited, replace = [], os.replace
+
+    def refuse(source, target):
+        if sum(waited) < 3:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(os, "replace", refuse)
+    utils.save_figure(Figure(), tmp_path / "curves.png", needed=False)
+    assert (
+        capsys.readouterr().out.count("curves.png cannot be written (Permission denied): the run goes on")
+        == 1
+    )
+    assert not list(tmp_path.iterdir())
+    utils.save_checkpoint({"epoch": 1}, tmp_path / "last.pt")
+    assert waited == [0, 0, 1, 2] and [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_clear_error(tmp_path):
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        time, "sleep", lambda _: (tmp_path / f"last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    )
     (tmp_path / "last.pt").write_bytes(b"old")
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(utils.RunError, match="last.pt cannot be written .No space left"):
-        utils.save_checkpoint({"kind": "checkpoint"}, tmp_path / "last.pt")
+    with pytest.raises(utils.RunError, match="last.pt cannot be written .No space left.*free some space"):
+        utils.save_checkpoint({"epoch": 1}, tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs file-size limits")
-def test_a_file_size_limit_is_one_clear_error(tmp_path):
-    import resource
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        with pytest.raises(utils.RunError, match="last.pt cannot be written .File too large"):
-            utils.save_checkpoint({"kind": "last state", "model": torch.zeros(10_000)}, tmp_path / "last.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
-    (tmp_path / "lock").write_text("left by a run that was killed")
-    with utils.lock(tmp_path):
-        second = script("train.py", "--data", images, "--output", tmp_path, *TINY)
-        assert_one_line_error(second, 1, "another run", str(tmp_path))
-        assert [file.name for file in tmp_path.iterdir()] == ["lock"]
-    assert not list(tmp_path.iterdir())
 
 
 class Malicious:
@@ -566,38 +572,48 @@ class Malicious:
 
 
 def test_bad_checkpoints_are_refused_and_run_no_code(finished, tmp_path):
-    good = (finished / "checkpoint.pt").read_bytes()
-    bad = tmp_path / "bad.pt"
-    rng = np.random.default_rng(0)
-    cases = [b"", b"text", good[: len(good) // 2], good[:-1], pickle.dumps({"kind": "checkpoint"})]
-    for position in rng.integers(1000, len(good) - 10_000, 5):  # inside the tensors
+    good, bad, rng = (finished / "checkpoint.pt").read_bytes(), tmp_path / "bad.pt", np.random.default_rng(0)
+    cases = [b"", b"text", good[: len(good) // 2], good[:-1], pickle.dumps({"model": 1})]
+    for position in rng.integers(1000, len(good) - 20_000, 5):  # inside the tensors
         cases.append(good[:position] + bytes([good[position] ^ 64]) + good[position + 1 :])
     for case in cases:
         bad.write_bytes(case)
-        with pytest.raises(utils.RunError, match="bad.pt"):
-            utils.load_checkpoint(bad, "checkpoint")
-    torch.save({"kind": "checkpoint", "model": Malicious()}, bad)
-    with pytest.raises(utils.RunError):
-        utils.load_checkpoint(bad, "checkpoint")
+        with pytest.raises(utils.RunError, match="bad.pt is damaged"):
+            utils.load_checkpoint(bad)
+    torch.save({"model": Malicious()}, bad)
+    with pytest.raises(utils.RunError, match="bad.pt is damaged"):
+        utils.load_checkpoint(bad)
     assert not Path("/tmp/malicious-code-has-run").exists()
-    for state in ({"kind": "last state"}, {"kind": "checkpoint", "epoch": 1}, {"epoch": 1}, [1, 2]):
+    _, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
+    wrong_norm = {**checkpoint["settings"], "norm": "layer"}
+    for state, words in (
+        ({"model": {}}, "another kind or version"),
+        ([1, 2], "another kind or version"),
+        ({**checkpoint, "settings": wrong_norm}, "another network"),
+        ({**checkpoint, "model": {"a": 1}}, "another network"),
+        ({**checkpoint, "model": [1]}, "another network"),
+    ):
         torch.save(state, bad)
-        with pytest.raises(utils.RunError, match="is no checkpoint"):
-            utils.load_checkpoint(bad, "checkpoint")
-    with pytest.raises(utils.RunError, match="is a folder: name the file .*checkpoint.pt"):
-        utils.load_checkpoint(tmp_path, "checkpoint")
-    with pytest.raises(utils.RunError, match="no file .*train.py"):
-        utils.load_checkpoint(tmp_path / "missing.pt", "checkpoint")
-    state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
-    for norm, weights in (("layer", state["model"]), ("batch", {}), ("batch", [1]), ("batch", {"a": 1})):
-        utils.save_checkpoint({**state, "norm": norm, "model": weights}, bad)
-        assert_one_line_error(call(gradcam, "--checkpoint", bad), 1, "bad.pt", "another network")
+        assert_one_line_error(call(gradcam, "--checkpoint", bad), 1, "bad.pt", words)
+    assert_one_line_error(call(gradcam, "--checkpoint", tmp_path), 1, "a directory")
+    assert_one_line_error(call(gradcam, "--checkpoint", tmp_path / "none.pt"), 1, "no file", "train.py")
+    assert_one_line_error(call(gradcam, "--checkpoint", finished / "last.pt"), 1, "name the checkpoint.pt")
 
 
-def test_progress_writes_only_to_a_terminal(capsys):
-    utils.Progress().show("half")
-    assert capsys.readouterr().out == ""
-    assert [utils.clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+def test_progress_tells_a_terminal_how_far_and_a_file_how_long(capsys, monkeypatch):
+    monkeypatch.setattr(utils, "ESTIMATE_SECONDS", 0)
+    assert list(utils.progress([5, 6, 7], "reading")) == [5, 6, 7] and capsys.readouterr().out == ""
+    for _ in utils.progress(range(4), "training", rounds=50):
+        time.sleep(0.02)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.strip() in {f"training will take about 0:00:0{seconds}" for seconds in (4, 5, 6)}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for _ in utils.progress(range(2), "reading"):
+        time.sleep(0.6)
+    shown = capsys.readouterr().out
+    assert "reading:  50%, 0:00:01 left" in shown and "\n" not in shown
+    assert shown.split("\r")[-2].isspace()  # at the end the line is erased
+    assert utils.clock(3725.4) == "1:02:05"
 
 
 # ---------------------------------------------------------------- train.py
@@ -605,74 +621,65 @@ def test_progress_writes_only_to_a_terminal(capsys):
 
 def test_a_run_writes_what_it_promises(finished):
     log = (finished / "log").read_text()
-    assert "14 training, 2 validation, 16 test images" in log and "cpu, float32" in log
-    assert "1/2" in log and "2/2" in log and "Test accuracy" in log and "gradcam.py" in log
-    assert "\r" not in log
+    assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cpu, float32" in log
+    assert "ResNet18 of width 8 on" in log and "No GPU" in log and f"--resume --output {finished}" in log
+    assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
+    assert "\r" not in log and re.search(r"left\n +1/2 .* 0:00:0\d   0:00:0\d ", log)
     with open(finished / "history.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     for row in rows:
-        assert all(math.isfinite(float(value)) for value in row.values())
+        assert all(np.isfinite(float(value)) for value in row.values())
         assert float(row["images_per_second"]) > 0 and 0 <= float(row["val_accuracy"]) <= 1
     for name in ("curves.png", "confusion.png"):
         assert np.asarray(Image.open(finished / name)).std() > 5
-    assert not list(finished.glob("*.tmp"))
-    state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
-    assert state["classes"] == ["cat", "dog"] and state["test_accuracy"] >= 0 and len(state["mean"]) == 3
+    assert {path.name for path in finished.iterdir()} == {*train.OUTPUT_FILES, "log"}
+    _, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
     best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
-    assert str(state["epoch"]) == best["epoch"] and state["val_accuracy"] == float(best["val_accuracy"])
+    assert str(checkpoint["epoch"]) == best["epoch"]
+    assert checkpoint["val_accuracy"] == float(best["val_accuracy"])
+    assert checkpoint["training_seconds"] == sum(float(row["seconds"]) for row in rows)
+    assert checkpoint["settings"]["label_smoothing"] == 0.1 and "width 8" in checkpoint["title"]
+    assert checkpoint["plateau"]["threshold"] == 0.01 and "RandomCrop(" in checkpoint["augmentation"]
+    assert f"torch {torch.__version__.partition('+')[0]}," in checkpoint["versions"]
 
 
 def test_the_figures_of_the_test_set_can_be_computed_again(finished):
     log = (finished / "log").read_text()
-    state = utils.load_checkpoint(finished / "checkpoint.pt", "checkpoint")
-    model, test = ResNet18(2).eval(), data.load_split(state["data"], "test")
-    model.load_state_dict(state["model"])
-    images = data.normalize(torch.from_numpy(test.images), state["mean"], state["std"])
+    model, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
+    test = data.load_split(checkpoint["settings"]["data"], "test")
+    images = data.Normalize(checkpoint["mean"], checkpoint["std"])(torch.from_numpy(test.images))
     with torch.no_grad():
         probabilities, mirrored = model(images).softmax(1).numpy(), model(images.flip(3)).softmax(1).numpy()
-    right = probabilities.argmax(1) == test.labels
-    assert f"Test accuracy on {state['name']}: {right.mean():.2%}" in log
-    assert state["test_accuracy"] == right.mean()
+    predicted, both = probabilities.argmax(1), (probabilities + mirrored).argmax(1)
+    assert checkpoint["test_accuracy"] == (predicted == test.labels).mean()
+    assert checkpoint["mirrored_accuracy"] == pytest.approx((both == test.labels).mean())
+    assert f"Test accuracy on {checkpoint['name']}: {checkpoint['test_accuracy']:.2%}" in log
+    assert f"mirrored image: {checkpoint['mirrored_accuracy']:.2%}" in log
     for label, name in enumerate(test.classes):
-        assert re.search(rf"{name} +{right[test.labels == label].mean():.2%}", log)
-    both = (probabilities + mirrored).argmax(1) == test.labels
-    assert f"mirrored image: {both.mean():.2%}" in log
-    assert f"error:       {calibration_error_by_hand(probabilities, test.labels):.2%}" in log
-
-
-def calibration_error_by_hand(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    confidences, error = probabilities.max(1), 0
-    for low in range(15):
-        members = (confidences * 15 >= low) & ((confidences * 15 < low + 1) | (low == 14))
-        if members.any():
-            accuracy = (probabilities[members].argmax(1) == labels[members]).mean()
-            error += members.mean() * abs(accuracy - confidences[members].mean())
-    return error
-
-
-def test_calibration_error_equals_the_definition():
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = 3 * torch.randn(2000, 4, generator=generator), torch.randint(0, 4, (2000,))
-    logits[:20, 0] = 1000  # a confidence of exactly 1 belongs to the last bin
-    expected = calibration_error_by_hand(logits.softmax(1).numpy(), labels.numpy())
-    assert train.calibration_error(logits, labels) == pytest.approx(expected, abs=1e-5) and expected > 0.1
+        accuracy = (predicted == label)[test.labels == label].mean()
+        assert re.search(rf"{name} +{accuracy:.2%}", log)
+        assert checkpoint["class_accuracy"][label] == pytest.approx(accuracy)
+        for guess in range(2):
+            count = ((test.labels == label) & (predicted == guess)).sum()
+            assert checkpoint["confusion"][label][guess] == count
 
 
 def assert_same_run(*folders: Path) -> None:
     """Two output folders hold the same files, and the same numbers bit for bit, but for times."""
-    whole, resumed = (utils.load_checkpoint(folder / "last.pt", "last state") for folder in folders)
+    whole, other = (utils.load_checkpoint(folder / "last.pt") for folder in folders)
     for name in ("model", "averaged"):
-        for key, value in whole[name].items():
-            assert torch.equal(value, resumed[name][key]), (name, key)
-    assert whole["scheduler"] == resumed["scheduler"]
-    for a, b in zip(whole["history"], resumed["history"], strict=True):
+        for key, value in whole["training"][name].items():
+            assert torch.equal(value, other["training"][name][key]), (name, key)
+    for name in ("plateau", "warmup", "scaler"):
+        assert whole["training"][name] == other["training"][name]
+    momenta = [state["training"]["optimizer"]["state"].values() for state in (whole, other)]
+    assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in zip(*momenta, strict=True))
+    for a, b in zip(whole["history"], other["history"], strict=True):
         for key in ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             assert a[key] == b[key]
-    for a, b in zip(*(s["optimizer"]["state"].values() for s in (whole, resumed)), strict=True):
-        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
-    best = [utils.load_checkpoint(folder / "checkpoint.pt", "checkpoint") for folder in folders]
-    for key in ("epoch", "val_accuracy", "test_accuracy"):
+    best = [utils.load_checkpoint(folder / "checkpoint.pt") for folder in folders]
+    for key in ("epoch", "val_accuracy", "test_accuracy", "mirrored_accuracy", "confusion"):
         assert best[0][key] == best[1][key]
     assert all(torch.equal(value, best[1]["model"][key]) for key, value in best[0]["model"].items())
     rows = [len((folder / "history.csv").read_text().splitlines()) for folder in folders]
@@ -682,262 +689,268 @@ def assert_same_run(*folders: Path) -> None:
 
 
 def test_resume_is_bit_identical(finished, images, tmp_path):
-    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 1)
-    assert done.returncode == 0, done.stderr
-    done = call(train, "--resume", tmp_path / "last.pt", "--epochs", 2, "--workers", 1)
-    assert done.returncode == 0, done.stderr
+    succeed(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 1)
+    succeed(train, "--output", tmp_path, "--resume", "--epochs", 2, "--workers", 1)
+    assert_same_run(finished, tmp_path)
+    assert "Test accuracy" in succeed(train, "--output", tmp_path, "--resume")  # of a finished run
     assert_same_run(finished, tmp_path)
 
 
-class Killed(BaseException):
-    """What nothing catches, as SIGKILL."""
-
-
-@pytest.mark.parametrize("file", ["last.pt", "checkpoint.pt", "history.csv"])
-def test_a_run_that_dies_while_saving_goes_on_as_if_it_had_not(file, finished, images, tmp_path, monkeypatch):
-    """It dies just before `file` of the second epoch is put in its place."""
-    replace, count = os.replace, 0
-
-    def replace_or_die(source, target):
-        nonlocal count
-        count += Path(target).name == file
-        if count == 2:
-            raise Killed
-        replace(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", replace_or_die)
-        call(train, "--data", images, "--output", tmp_path, *TINY)
-    (tmp_path / "lock").touch()  # as it would be left
-    assert call(train, "--resume", tmp_path / "last.pt").returncode == 0
+@needs_signals
+@pytest.mark.parametrize("write", [1, 6])
+def test_a_run_killed_between_two_writes_goes_on_as_if_it_had_not_been(write, finished, images, tmp_path):
+    """Just before it is to put that file in its place: the first last.pt of epoch 0, or a later one."""
+    code = "import os, signal; replace, done = os.replace, []\n"
+    code += "def count(*paths):\n    done.append(paths)\n"
+    code += f"    if len(done) > {write}: os.kill(os.getpid(), signal.SIGKILL)\n    replace(*paths)\n"
+    process = start(f"{code}os.replace = count; {TRAIN}", "--data", images, "--output", tmp_path, *TINY)
+    assert process.communicate() and process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*.tmp"))) == 1
+    succeed(train, "--output", tmp_path, "--resume")
     assert_same_run(finished, tmp_path)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not(finished, images, tmp_path):
-    command = [sys.executable, HERE / "train.py", "--data", images, "--output", tmp_path, *TINY]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
-        while "1/2" not in process.stdout.readline():
-            assert process.poll() is None
-        time.sleep(np.random.default_rng().uniform(0, 1))
-        process.kill()
-    assert call(train, "--resume", tmp_path / "last.pt").returncode == 0
+@needs_signals
+@pytest.mark.parametrize("line", ["left", "1/2"])
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(line, finished, images, tmp_path):
+    process = start_until(line, TRAIN, "--data", images, "--output", tmp_path, *TINY)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    succeed(train, "--output", tmp_path, "--resume")
     assert_same_run(finished, tmp_path)
 
 
-def test_resume_refuses_by_name_what_would_change_the_run(finished, images):
+def test_a_second_run_takes_over_from_one_in_its_first_epoch(finished, images, tmp_path, monkeypatch):
+    train_one_epoch, flags = train.train_one_epoch, ("--data", images, "--output", tmp_path, *TINY)
+
+    def interrupted_by_a_second_run(*rest):
+        monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
+        succeed(train, *flags)
+        return train_one_epoch(*rest)
+
+    monkeypatch.setattr(train, "train_one_epoch", interrupted_by_a_second_run)
+    first = call(train, *flags, "--seed", 1)
+    assert_one_line_error(first, 1, f"another run now writes to {tmp_path}, so this one stops")
+    assert_same_run(finished, tmp_path)
+
+
+def test_a_finished_run_is_refused_and_overwritten_only_when_told(finished, images, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("gradcam.png", "last.pt.123.tmp", "notes.txt", "last.pt.backup"):
+        (run / name).write_text("of the old run")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    flags = ("--output", run, *TINY)
+    assert_one_line_error(call(train, *flags, "--data", images), 1, "holds a run", "--resume", "--overwrite")
+    assert_one_line_error(call(train, *flags, "--data", tmp_path / "none", "--overwrite"), 1, "no folder")
+    assert_one_line_error(call(train, *flags, "--data", images, "--limit", 99, "--overwrite"), 1, "--limit")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    succeed(train, *flags, "--data", images, "--overwrite", "--epochs", 1)
+    assert {path.name for path in run.iterdir()} == {
+        *train.OUTPUT_FILES,
+        "log",
+        "notes.txt",
+        "last.pt.backup",
+    }
+    assert len(utils.load_checkpoint(run / "last.pt")["history"]) == 1
+
+
+def test_files_are_written_together_at_most_twice_a_minute(images, tmp_path):
+    lines = succeed(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 1)
+    before = (tmp_path / "last.pt").stat().st_mtime_ns
+    state = utils.load_checkpoint(tmp_path / "last.pt")
+    assert "1/1" in lines and len(state["history"]) == 1
+    saved, save = [], train.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save", lambda *rest: saved.append(len(rest[4])) or save(*rest))
+        succeed(train, "--output", tmp_path, "--resume", "--epochs", 4)
+        assert saved == [4, 4] and (tmp_path / "last.pt").stat().st_mtime_ns > before
+        os.utime(tmp_path / "last.pt", (1, 1))  # as if written long ago
+        succeed(train, "--output", tmp_path, "--resume", "--epochs", 7)
+        assert saved == [4, 4, 5, 7, 7]  # at the end before and after the test
+
+
+def test_resume_refuses_by_name_what_would_change_the_run(finished, images, tmp_path):
     before = (finished / "last.pt").read_bytes()
-    for flag, value in (
-        ("--lr", 0.2),
-        ("--batch-size", 128),
-        ("--norm", "layer"),
-        ("--seed", 1),
-        ("--train-size", 5),
-        ("--epochs", 1),
+    for change in (
+        "--lr 0.2",
+        "--batch-size 128",
+        "--norm layer",
+        "--width 64",
+        "--seed 1",
+        "--limit 5",
+        "--without flip",
     ):
-        assert_one_line_error(call(train, "--output", finished, "--resume", flag, value), 2, flag)
+        done = call(train, "--output", finished, "--resume", *change.split())
+        assert_one_line_error(done, 2, change.split()[0], "leave it out")
     assert_one_line_error(call(train, "--output", finished, "--resume", "--overwrite"), 2, "--overwrite")
-    assert_one_line_error(
-        call(train, "--output", finished, "--data", images, *TINY), 1, "--resume", "--overwrite"
-    )
     assert_one_line_error(call(train, "--output", finished, "--resume", "--data", "demo"), 1, "--data demo")
-    assert_one_line_error(call(train, "--resume", finished / "checkpoint.pt"), 1, "name the last.pt")
+    assert_one_line_error(call(train, "--output", tmp_path, "--resume"), 1, "no file", "last.pt")
     assert (finished / "last.pt").read_bytes() == before
 
 
-def test_overwrite_removes_the_old_run_only_when_the_new_one_writes(finished, images, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run/gradcam.png").write_bytes(b"of the old run")
-    diverging = call(train, "--data", images, "--output", tmp_path / "run", *TINY, "--overwrite", "--lr", 1e6)
-    assert_one_line_error(diverging, 1, "--lr")
-    assert (tmp_path / "run/last.pt").read_bytes() == (finished / "last.pt").read_bytes()
-    assert (tmp_path / "run/gradcam.png").exists()
-    flags = ("--output", tmp_path / "run", *TINY, "--epochs", 1, "--val-split", 0, "--overwrite")
-    done = call(train, "--data", images, *flags)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "run/gradcam.png").exists()
-    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert len(state["history"]) == 1 and state["history"][0]["val_loss"] is None
-    assert "16 training, 0 validation" in done.stdout
+def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp_path):
+    flags = ("--data", images, "--output", tmp_path, *TINY, "--epochs", 1, "--without", "crop", "cutout")
+    assert "ResNet18 of width 8 on" in (log := succeed(train, *flags)) and "without crop and cutout" in log
+    model, checkpoint = gradcam.load_model(tmp_path / "checkpoint.pt")
+    assert model.name == "ResNet18 of width 8" and model.feature.stem[0].out_channels == 8
+    assert "width 8" in checkpoint["title"] and "without crop and cutout" in checkpoint["title"]
+    assert "RandomCrop" not in checkpoint["augmentation"] and "Rotate" in checkpoint["augmentation"]
+    del checkpoint["settings"]["width"]  # as of a run before there was a choice
+    checkpoint["model"] = ResNet18(2).state_dict()
+    torch.save(checkpoint, tmp_path / "older.pt")
+    assert gradcam.load_model(tmp_path / "older.pt")[0].name == "ResNet18"
+
+
+def training_of(*flags) -> train.Training:
+    return train.Training(train.get_parser().parse_args([*flags, "--width", "8"]), 2, CPU, False)
 
 
 def test_the_plateau_cuts_the_rate_and_says_so(capsys):
-    arguments = train.get_parser().parse_args(["--patience", "1", "--factor", "0.3"])
-    training = train.build_training(arguments, 2, torch.device("cpu"), False)
-    scheduler, optimizer = training["scheduler"], training["optimizer"]
+    training = training_of("--patience", "1", "--factor", "0.3")
+    plateau, optimizer = training.plateau, training.optimizer
     optimizer.param_groups[0]["lr"] = 0.1  # as after the warm-up
     rates = []
     for loss in (1.0, 0.9, 0.895, 0.8945, 0.8, 0.799, 0.798):  # progress under 1 % counts as none
-        scheduler.step(loss)
+        plateau.step(loss)
         rates.append(optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.1, 0.03, 0.03, 0.03, 0.009])
     for _ in range(50):
-        scheduler.step(1.0)
+        plateau.step(1.0)
     assert optimizer.param_groups[0]["lr"] == train.MIN_LR
-    row = {"epoch": 3, "lr": 0.1, "train_loss": 1, "train_accuracy": 0.5, "val_loss": None}
-    row |= {"val_accuracy": None, "images_per_second": 9, "seconds": 61}
-    train.print_epoch(row, 40, False, next_lr=0.03)
-    assert "plateau: the learning rate is cut from 0.10000 to 0.03000" in capsys.readouterr().out
+    row = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"), 0.5)
+    train.print_epoch({"epoch": 3, "lr": 0.1, **row, "images_per_second": 9, "seconds": 61}, 40, False, 0.03)
+    shown = capsys.readouterr().out
+    assert "plateau: the learning rate is cut from 0.10000 to 0.03000" in shown
+    assert "0:01:01   0:37:37" in shown  # 61 s, and as much for each of the 37 epochs left
 
 
 def test_the_rate_warms_up_then_stays():
-    arguments = train.get_parser().parse_args([])
-    training = train.build_training(arguments, 2, torch.device("cpu"), False)
-    rates = []
+    training, rates = training_of(), []
     for _ in range(train.WARMUP_STEPS + 20):
-        training["optimizer"].step()
-        training["warmup"].step()
-        rates.append(training["optimizer"].param_groups[0]["lr"])
+        training.optimizer.step()
+        training.warmup.step()
+        rates.append(training.optimizer.param_groups[0]["lr"])
     assert rates[0] < 0.002 and rates == sorted(rates)
     np.testing.assert_allclose(rates[train.WARMUP_STEPS :], 0.1)
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run():
-    model, split = ResNet18(10), random_split(4)
-    nn.init.constant_(model.classifier[2].bias, math.nan)
-    with pytest.raises(utils.RunError, match="validation loss"):
-        train.validate(model, split, nn.CrossEntropyLoss(), (MEAN, STD), torch.float32)
+def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
+    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--lr", 1e6)
+    assert_one_line_error(done, 1, "no longer a finite number", "--lr")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_fused_sgd_is_not_used_with_the_gradient_scaler():
-    arguments = train.get_parser().parse_args([])
-    for fp16 in (False, True):
-        training = train.build_training(arguments, 2, torch.device("cpu"), fp16)
-        assert training["optimizer"].param_groups[0]["fused"] is not fp16
-        assert training["scaler"].is_enabled() is fp16
-    fused = train.build_training(arguments, 2, torch.device("cpu"), False)
-    facts = {"classes": ["a", "b"], "mean": [0.5], "std": [0.5], "data": "data"}
-    state = {name: part.state_dict() for name, part in fused.items()} | facts
-    train.restore(training, state, facts)
-    assert training["optimizer"].param_groups[0]["fused"] is False
+def test_the_weights_kept_are_the_average_of_those_after_each_step(images):
+    """The oracle: average = decay * average + (1 - decay) * weights with decay = 1 - 1 / steps, by hand."""
+    training, split, after_steps = training_of(), data.load_split(str(images), "train"), []
+    beginning = copy.deepcopy(training.averaged.state_dict())
+    training.optimizer.register_step_post_hook(
+        lambda *_: after_steps.append(copy.deepcopy(training.model.state_dict()))
+    )
+    with data.train_loader(split, data.augmentations(MEAN), 4, 0, 0, CPU) as loader:
+        train.train_one_epoch(
+            training, loader, data.Normalize(MEAN, STD), nn.CrossEntropyLoss(), torch.float32
+        )
+    assert len(after_steps) == len(loader) == 4
+    for name, kept in training.averaged.state_dict().items():
+        if kept.is_floating_point():
+            expected = beginning[name]
+            for weights in after_steps:
+                expected = 0.75 * expected + 0.25 * weights[name]
+            torch.testing.assert_close(kept, expected)
+
+
+def test_a_state_without_a_scaler_resumes_with_one_and_the_other_way_round():
+    args = train.get_parser().parse_args(["--width", "8"])
+    for before, after in ((False, True), (True, False)):
+        state = train.Training(args, 2, CPU, fp16=before).state_dict()
+        train.Training(args, 2, CPU, fp16=after).load_state_dict(state)
 
 
 def test_help_shows_every_flag_and_its_default():
     for module in (train, gradcam):
         assert module.get_parser().format_help().count("(default") >= 5
-    flags = "data output epochs batch-size lr weight-decay factor patience label-smoothing val-split "
-    flags += "train-size norm workers seed device precision compile resume overwrite"
+    flags = "data output epochs batch-size lr weight-decay factor patience label-smoothing val-split limit "
+    flags += "without norm width workers seed device precision compile resume overwrite"
     for flag in flags.split():
         assert f"--{flag} " in train.get_parser().format_help()
 
 
-BAD_FLAGS = ["--n 0", "--n x", "--layer layer9", "--seed -1", "--device tpu"]
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_of_gradcam_are_named(flags):
-    assert_one_line_error(call(gradcam, *flags.split()), 2, flags.split()[0])
-
-
-NUMBERS = "--epochs --batch-size --lr --factor --patience --val-split --weight-decay --workers"
+NUMBERS = "epochs batch-size lr factor val-split width limit patience workers"
 
 
 @pytest.mark.parametrize("flag", NUMBERS.split())
 def test_bad_numbers_of_train_are_named(flag):
-    allowed = {"--patience": ["0"], "--val-split": ["0"], "--weight-decay": ["0"], "--workers": ["0"]}
-    for value in ("0", "-1", "1e30", "nan", "inf", "text", ""):
-        if value not in allowed.get(flag, []):
-            assert_one_line_error(call(train, f"{flag}={value}"), 2, flag)
+    for value in ("-1", "1e30", "nan", "text", "") + (() if flag in ("patience", "workers") else ("0",)):
+        assert_one_line_error(call(train, f"--{flag}={value}"), 2, f"--{flag}")
+
+
+@pytest.mark.parametrize(
+    "module, flags",
+    [(train, flags) for flags in ("--seed -1", "--norm x", "--without x", "--weight-decay 2", "--device tpu")]
+    + [(gradcam, flags) for flags in ("--n 0", "--n 101", "--n x", "--layer layer9", "--seed -1")],
+)
+def test_other_bad_flags_are_named(module, flags):
+    assert_one_line_error(call(module, *flags.split()), 2, flags.split()[0])
 
 
 def test_other_bad_input_is_one_line(images, tmp_path, monkeypatch):
-    assert_one_line_error(
-        call(train, "--data", tmp_path / "none", "--output", tmp_path / "o"), 1, "none", "demo"
-    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_one_line_error(
-        call(train, "--data", images, "--output", tmp_path / "o", "--device", "cuda"), 1, "--device"
-    )
+    done = call(train, "--data", images, "--output", tmp_path, "--device", "cuda")
+    assert_one_line_error(done, 1, "--device cuda", "--device cpu")
     (tmp_path / "file").write_text("")
-    assert_one_line_error(
-        call(train, "--data", images, "--output", tmp_path / "file/o"), 1, "choose another folder"
-    )
-    done = call(train, "--data", images, "--output", tmp_path / "o", "--train-size", 1000, *TINY)
-    assert_one_line_error(done, 1, "--train-size")
-    assert_one_line_error(call(gradcam, "--checkpoint", tmp_path / "none.pt"), 1, "none.pt", "train.py")
+    done = call(train, "--data", images, "--output", tmp_path / "file/o", *TINY)
+    assert_one_line_error(done, 1, str(tmp_path / "file"))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_ends_with_one_line_and_can_go_on(number, status, images, tmp_path):
-    command = [sys.executable, HERE / "train.py", "--data", images, "--output", tmp_path, *TINY]
-    command = [*map(str, command), "--epochs", "5000", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "2/5000" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert len(err.strip().splitlines()) == 1
-    assert err.strip().startswith("stopped; to go on: ") and "--resume" in err
-    epochs = len(utils.load_checkpoint(tmp_path / "last.pt", "last state")["history"])
-    done = call(train, "--resume", tmp_path / "last.pt", "--epochs", epochs)  # only the test is left
-    assert "only the test follows" in done.stdout and "an epoch will take" not in done.stdout
-    assert done.returncode == 0 and "Test accuracy" in done.stdout
+@needs_signals
+@pytest.mark.parametrize(
+    "stop", [lambda pid: os.kill(pid, signal.SIGINT), lambda pid: os.killpg(pid, signal.SIGTERM)]
+)
+def test_a_stopped_run_ends_with_one_line_and_can_go_on(stop, images, tmp_path):
+    """Stopped by Ctrl-C, or by a scheduler that ends the whole group of processes."""
+    flags = ("--data", images, "--output", tmp_path, *TINY, "--epochs", 5000, "--workers", 1)
+    process = start_until("2/5000", TRAIN, *flags, start_new_session=True)
+    stop(process.pid)
+    _, err = process.communicate(timeout=60)  # until no worker holds the output open
+    assert process.returncode in (1, 130) and "stopped" in err and len(err.strip().splitlines()) == 1
+    epochs = len(utils.load_checkpoint(tmp_path / "last.pt")["history"])
+    log = succeed(train, "--output", tmp_path, "--resume", "--epochs", epochs)  # only the test is left
+    assert "Test accuracy" in log and f"{epochs}/{epochs}" not in log
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_worker_ends_the_run_with_one_line(images, tmp_path):
-    command = [sys.executable, HERE / "train.py", "--data", images, "--output", tmp_path, *TINY]
-    command = [*map(str, command), "--epochs", "5000", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "2/5000" not in process.stdout.readline():
-        assert process.poll() is None
+    flags = ("--data", images, "--output", tmp_path, *TINY, "--epochs", 5000, "--workers", 1)
+    process = start_until("2/5000", TRAIN, *flags)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
-    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    done = subprocess.CompletedProcess(flags, process.returncode, out, err)
     assert_one_line_error(done, 1, "a worker process died", "--workers")
     assert len(err.strip().splitlines()) == 1
-    utils.load_checkpoint(tmp_path / "last.pt", "last state")
+    utils.load_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_a_long_run_leaves_nothing_behind(images, tmp_path, monkeypatch):
     """Open files, threads, figures and memory after the third epoch and after the last."""
-    seen, save_epoch = [], train.save_epoch
+    seen, print_epoch = [], train.print_epoch
 
-    def save_and_look(output, training, history, *rest):
-        save_epoch(output, training, history, *rest)
+    def print_and_look(*rest):
+        print_epoch(*rest)
         gc.collect()
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         figures = sum(type(item) is Figure for item in gc.get_objects())
         files, threads = len(os.listdir("/proc/self/fd")), int(status["Threads"])
         seen.append((files, threads, figures, int(status["VmRSS"].split()[0])))
 
-    monkeypatch.setattr(train, "save_epoch", save_and_look)
-    monkeypatch.setattr(train, "PLOT_SECONDS", 0)
-    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 6, "--workers", 1)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(train, "print_epoch", print_and_look)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    succeed(train, "--data", images, "--output", tmp_path, *TINY, "--epochs", 6, "--workers", 1)
     assert seen[2][:3] == seen[-1][:3]
     assert seen[-1][3] - seen[2][3] < 60_000  # kB
-
-
-def test_a_huge_learning_rate_stops_the_run_in_its_epoch(images, tmp_path):
-    done = call(train, "--data", images, "--output", tmp_path, *TINY, "--lr", 1e6)
-    assert_one_line_error(done, 1, "no longer a finite number", "--lr")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_weights_kept_are_the_average_of_those_after_each_step(images):
-    """The oracle: average = decay * average + (1 - decay) * weights with decay = 1 - 1 / steps, by hand."""
-    training = train.build_training(train.get_parser().parse_args([]), 2, torch.device("cpu"), False)
-    split = data.load_split(str(images), "train")
-    stats, after_steps = data.channel_statistics(split.images), []
-    loader = data.train_loader(split, stats[0], 4, 0, 0)
-    start = copy.deepcopy(training["averaged"].state_dict())
-    training["optimizer"].register_step_post_hook(
-        lambda *_: after_steps.append(copy.deepcopy(training["model"].state_dict()))
-    )
-    criterion = nn.CrossEntropyLoss()
-    train.train_one_epoch(training["model"], training, loader, criterion, stats, torch.float32, 0)
-    assert len(after_steps) == len(loader) == 4
-    for name, kept in training["averaged"].state_dict().items():
-        if kept.is_floating_point():
-            expected = start[name]
-            for weights in after_steps:
-                expected = 0.75 * expected + 0.25 * weights[name]
-            torch.testing.assert_close(kept, expected)
 
 
 # ---------------------------------------------------------------- gradcam.py
@@ -965,6 +978,10 @@ def textbook_gradcam(model: ResNet18, layer: str, images: torch.Tensor, labels: 
         maps.append(nn.functional.interpolate(heatmap[None, None], size, mode="bilinear")[0, 0])
     model.zero_grad()
     return torch.stack(maps)
+
+
+def mistakes(count: int, name: str = "cat") -> list[gradcam.Mistake]:
+    return [gradcam.Mistake(i, image, name, name, 1.0) for i, image in enumerate(random_split(count).images)]
 
 
 @pytest.fixture(scope="module")
@@ -1002,23 +1019,23 @@ def test_heatmaps_point_at_the_object_and_depend_on_the_weights():
     chosen = [list(data.DEMO_SHAPES).index(name) for name in ("bars", "pillars")]
     drawn = {split: data.draw_demo(split) for split in ("train", "test")}
     images, labels, _ = (part[np.isin(drawn["train"][1], chosen)][:300] for part in drawn["train"])
-    stats = data.channel_statistics(images)
-    images, labels = data.normalize(torch.from_numpy(images), *stats), torch.from_numpy(labels)
+    normalize = data.Normalize(*data.channel_statistics(images))
+    images, labels = normalize(torch.from_numpy(images)), torch.from_numpy(labels)
     torch.manual_seed(0)
     network = ResNet18().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, nesterov=True)
     precision = utils.choose_precision("auto", torch.device("cpu"))
     for _ in range(4):
         for batch in torch.randperm(300).split(16):
-            with utils.autocast(images.device, precision):
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
                 loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
     images, labels, boxes = (part[np.isin(drawn["test"][1], chosen)] for part in drawn["test"])
-    images, labels = data.normalize(torch.from_numpy(images), *stats), torch.from_numpy(labels)
-    right = (utils.predict(network, [images], torch.float32).argmax(1) == labels).numpy()
+    logits, labels = utils.predict(network, data.Split(images, labels, [], ""), normalize, torch.float32)
+    images, right = normalize(torch.from_numpy(images)), (logits.argmax(1) == labels).numpy()
     assert right.mean() > 0.8
     maps = gradcam.GradCAM(network).heatmaps(images, labels)
     peaks = maps.flatten(1).argmax(1).numpy()
@@ -1026,8 +1043,7 @@ def test_heatmaps_point_at_the_object_and_depend_on_the_weights():
     inside = (left <= peaks % 32) & (peaks % 32 < right_edge) & (top <= peaks // 32) & (peaks // 32 < bottom)
     assert inside[right].mean() > 0.9  # a random point would be in 40 % of the boxes
 
-    network.feature.layer4 = ResNet18().feature.layer4
-    network.feature.layer3 = ResNet18().feature.layer3
+    network.feature.layer3, network.feature.layer4 = ResNet18().feature[3:]
     others = gradcam.GradCAM(network).heatmaps(images, labels)
     pairs = torch.stack([maps.flatten(1), others.flatten(1)], 1)
     assert torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num().mean() < 0.5
@@ -1054,7 +1070,7 @@ def test_a_map_without_positive_evidence_is_zero_and_not_nan(network):
         maps = cam.heatmaps(torch.randn(2, 3, 32, 32), torch.tensor([5, 5]))
         weights[5] = kept
     assert torch.equal(maps, torch.zeros(2, 32, 32))
-    figure = gradcam.plot_heatmaps(random_split(1).images, maps.numpy()[None], [("a", "b")], ["t"], "h")
+    figure = gradcam.plot_heatmaps(mistakes(1), maps.numpy()[None], "heading")
     assert "no positive evidence" in [t for axis in figure.axes for t in axis.texts][0].get_text()
 
 
@@ -1069,7 +1085,7 @@ def test_the_interface_of_the_course(network):
     assert cam.get_activations_gradient().shape == activations.shape == (3, 256, 8, 8)
     torch.testing.assert_close(cam.classifier(cam.features_conv(images)), logits)
     network.zero_grad()
-    with pytest.raises(ValueError, match="stem, layer1"):
+    with pytest.raises(ValueError, match="layer5"):
         gradcam.GradCAM(network, "layer5")
 
 
@@ -1083,35 +1099,49 @@ def test_errors_are_chosen_by_confidence_or_at_random():
 
 
 def test_gradcam_draws_the_errors_there_are_and_no_empty_grid(finished, images, tmp_path):
-    shutil.copy(finished / "checkpoint.pt", tmp_path)
-    state = utils.load_checkpoint(tmp_path / "checkpoint.pt", "checkpoint")
-    state["model"]["classifier.2.weight"].zero_()
-    state["model"]["classifier.2.bias"] = torch.tensor([5.0, 0.0])  # everything is a cat
-    utils.save_checkpoint(state, tmp_path / "checkpoint.pt")
-    done = call(gradcam, "--n", 20, "--checkpoint", tmp_path / "checkpoint.pt")
-    assert done.returncode == 0, done.stderr
-    one = call(gradcam, "--n", 1, "--checkpoint", tmp_path / "checkpoint.pt", "--output", tmp_path / "one")
-    assert one.returncode == 0 and one.stdout.count("99.3%") == 1, one.stderr
-    assert (tmp_path / "one/gradcam.png").exists() and (tmp_path / "one/misclassified.png").exists()
-    assert "8 of 16" in done.stdout and "Only 8 of the 20" in done.stdout and done.stdout.count("99.3%") == 8
-    for name in ("misclassified.png", "gradcam.png"):
-        assert np.asarray(Image.open(tmp_path / name)).std() > 5
-    shutil.copytree(images / "train", tmp_path / "data/train")
-    shutil.copytree(images / "test", tmp_path / "data/test")
-    for file in (tmp_path / "data/test/dog").iterdir():
-        file.rename(tmp_path / "data/test/cat" / f"x{file.name}")
-    shutil.copy(tmp_path / "data/test/cat/0.png", tmp_path / "data/test/dog")
+    file, output = tmp_path / "checkpoint.pt", tmp_path / "one"
+    _, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
+    checkpoint["model"]["classifier.2.weight"].zero_()
+    checkpoint["model"]["classifier.2.bias"] = torch.tensor([5.0, 0.0])  # everything is a cat
+    utils.save_checkpoint(checkpoint, file)
+    log = succeed(gradcam, "--n", 20, "--checkpoint", file)
+    assert "8 of 16" in log and "Only 8 of the 20" in log and log.count("99.3%") == 8
+    assert succeed(gradcam, "--n", 1, "--checkpoint", file, "--output", output).count("99.3%") == 1
+    for picture in (*tmp_path.glob("*.png"), *output.glob("*.png")):
+        assert np.asarray(Image.open(picture)).std() > 5
+    assert {path.name for path in output.iterdir()} == set(train.GRADCAM_FILES)
+    shutil.copytree(images, tmp_path / "data")
     shutil.rmtree(tmp_path / "data/test/dog")
-    wrong = call(gradcam, "--checkpoint", tmp_path / "checkpoint.pt", "--data", tmp_path / "data")
-    assert_one_line_error(wrong, 1, "cat, dog")
-    state["model"]["classifier.2.bias"] = torch.tensor([5.0])
-    state["model"]["classifier.2.weight"] = state["model"]["classifier.2.weight"][:1]
-    utils.save_checkpoint({**state, "classes": ["cat"]}, tmp_path / "checkpoint.pt")
-    output = tmp_path / "none"
-    none = call(
-        gradcam, "--checkpoint", tmp_path / "checkpoint.pt", "--data", tmp_path / "data", "--output", output
-    )
-    assert none.returncode == 0 and "nothing to show" in none.stdout and not list(output.iterdir())
+    wrong = call(gradcam, "--checkpoint", file, "--data", tmp_path / "data")
+    assert_one_line_error(wrong, 1, "cat, dog", "--data")
+    checkpoint["model"]["classifier.2.bias"] = torch.tensor([5.0])
+    checkpoint["model"]["classifier.2.weight"] = checkpoint["model"]["classifier.2.weight"][:1]
+    utils.save_checkpoint({**checkpoint, "classes": ["cat"]}, file)
+    flags = ("--checkpoint", file, "--data", tmp_path / "data", "--output", tmp_path / "none")
+    assert "nothing to show" in succeed(gradcam, *flags) and not (tmp_path / "none").exists()
+
+
+def test_gradcam_finds_cifar10_again_on_another_machine(finished, small_cifar10, tmp_path, monkeypatch):
+    _, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
+    settings = {**checkpoint["settings"], "data": str(tmp_path / "gone")}
+    classes, model = [f"class{i}" for i in range(10)], ResNet18(10, width=8).state_dict()
+    moved = {**checkpoint, "settings": settings, "classes": classes, "model": model}
+    monkeypatch.chdir(tmp_path)
+    utils.save_checkpoint(moved, tmp_path / "checkpoint.pt")
+    assert_one_line_error(call(gradcam, "--checkpoint", "checkpoint.pt"), 1, "no folder", "gone")
+    assert not Path("data").exists()
+    utils.save_checkpoint({**moved, "name": "CIFAR-10"}, tmp_path / "checkpoint.pt")
+    log = succeed(gradcam, "--checkpoint", "checkpoint.pt")
+    assert "gone is gone: CIFAR-10 is taken from data" in log and Path("data/cifar-10-batches-py").is_dir()
+
+
+def test_the_example_of_the_readme_runs(finished, images, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(import matplotlib.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(images / "test/cat/0.png", "photo.jpg")
+    code = code.replace("outputs/checkpoint.pt", str(finished / "checkpoint.pt"))
+    exec(code, {})
+    assert np.asarray(Image.open("heatmap.png")).std() > 5
 
 
 def save_and_check_margins(figure, path: Path) -> None:
@@ -1127,7 +1157,7 @@ def test_plots_show_what_they_say(tmp_path):
     history = [dict(zip(columns, row, strict=True)) for row in rows]
     figure = utils.plot_curves(history, "title of the run")
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert "best: epoch 2, 60.00 %" in labels and "cut by the plateau" in labels
+    assert "best: epoch 2, 60.00%" in labels and "cut by the plateau" in labels
     assert figure.axes[2].get_yscale() == "log"
     save_and_check_margins(figure, tmp_path / "curves.png")
     for rates in ([0.1], [0.1, 0.1], [0.008, 0.015, 0.023, 0.038], [0.1, 0.03, 0.0081, 1e-4], [100, 30]):
@@ -1141,47 +1171,34 @@ def test_plots_show_what_they_say(tmp_path):
         assert not any(text.get_text() for text in figure.axes[2].get_yticklabels(minor=True))
         epochs = [float(text.get_text()) for text in figure.axes[0].get_xticklabels()]
         assert epochs == [round(epoch) for epoch in epochs]
-    confusion = torch.tensor([[3, 1], [0, 4]])
-    figure = utils.plot_confusion(confusion, ["cat", "dog"], "t")
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat  75.0 %", "dog  100.0 %"]
+    figure = utils.plot_confusion({"confusion": [[3, 1], [0, 4]], "classes": ["cat", "dog"]}, "t")
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat  75.0%", "dog  100.0%"]
     assert [t.get_text() for t in figure.axes[0].texts] == ["3", "1", "4"]
     for names in (["cat", "dog"], [f"a class with a long name {i}" for i in range(10)]):
-        figure = utils.plot_confusion(torch.eye(len(names), dtype=torch.int64), names, "t")
+        counts = torch.eye(len(names), dtype=torch.int64).tolist()
+        figure = utils.plot_confusion({"confusion": counts, "classes": names}, "t")
         save_and_check_margins(figure, tmp_path / "confusion.png")
     figure = data.plot_augmentations(random_split(2).images, MEAN, "name of the data")
     assert "name of the data" in figure.get_suptitle()
+    titles = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_title()]
+    assert titles == ["original", *data.augmentations(MEAN), "all together,", "all together,"]
     save_and_check_margins(figure, tmp_path / "augmentations.png")
 
 
 @pytest.mark.parametrize("n", [1, 10, 20, 25])
-def test_grids_show_every_image_once(n):
-    images, maps = random_split(n).images, np.ones((n, 2, 32, 32), np.float32)
-    figure = gradcam.plot_images(images, [f"title {i}" for i in range(n)], "heading")
-    assert [axis.get_title() for axis in figure.axes if axis.images] == [f"title {i}" for i in range(n)]
-    figure = gradcam.plot_heatmaps(
-        images, maps, [("cat", "dog")] * n, [f"title {i}" for i in range(n)], "heading"
-    )
-    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert titles == [f"title {i}" for i in range(n)]
-    pictures = [
-        axis.images[0].get_array()
-        for axis in figure.axes
-        if len(axis.images) == 1 and axis.images[0].get_array().ndim == 3
-    ]
-    assert len(pictures) == n and all((a == b).all() for a, b in zip(pictures, images, strict=True))
-
-
-@pytest.mark.parametrize("n", [10, 20])
-def test_titles_of_neighbours_do_not_touch(n):
-    images, maps = random_split(n).images, np.ones((n, 2, 32, 32), np.float32)
-    names, longest = [("automobile", "automobile")] * n, "true: automobile, predicted: automobile (100%)"
-    for figure in (
-        gradcam.plot_images(images, [longest] * n, "heading"),
-        gradcam.plot_heatmaps(images, maps, names, [longest] * n, "heading"),
-    ):
+def test_grids_show_every_image_once_and_titles_do_not_touch(n):
+    errors, maps = mistakes(n, "automobile"), np.ones((n, 2, 32, 32), np.float32)
+    titles = ["true: automobile\npredicted: automobile\n(100%)"] * n
+    grid = utils.plot_grid([error.image for error in errors], titles, min(5, n), "heading")
+    for figure in (grid, gradcam.plot_heatmaps(errors, maps, "heading")):
+        shown = [axis.images[0].get_array() for axis in figure.axes if len(axis.images) == 1]
+        pictures = [picture for picture in shown if picture.ndim == 3]
+        assert len(pictures) == n
+        assert all((a == b.image).all() for a, b in zip(pictures, errors, strict=True))
         figure.draw_without_rendering()  # only now has each text its place
         texts = [text for axis in figure.axes for text in (axis.title, *axis.texts) if text.get_text()]
         boxes = [text.get_window_extent() for text in texts]
+        assert sum("predicted: automobile" in text.get_text() for text in texts) == n
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
@@ -1189,11 +1206,15 @@ def test_titles_of_neighbours_do_not_touch(n):
 
 
 def test_the_scripts_run_from_any_folder_with_workers(images, tmp_path):
-    done = script(
-        "train.py", "--data", images, *TINY, "--epochs", 1, "--workers", 2, "--norm", "layer", cwd=tmp_path
+    for words in (
+        ("train.py", "--data", images, *TINY, "--epochs", 1, "--workers", 2, "--norm", "layer"),
+        ("gradcam.py", "--n", 2),
+        ("data.py", "--data", images),
+    ):
+        command = [sys.executable, HERE / words[0], *map(str, words[1:])]
+        done = subprocess.run(command, cwd=tmp_path, timeout=120, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    written = {path.name for path in (tmp_path / "outputs").iterdir()}
+    assert (
+        written == {*train.OUTPUT_FILES, *train.GRADCAM_FILES} and (tmp_path / "augmentations.png").exists()
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    done = script("gradcam.py", "--n", 2, cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    done = script("data.py", "--data", images, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "augmentations.png").exists(), done.stderr

@@ -7,121 +7,122 @@ python train.py --resume                    go on after a stop
 
 import argparse
 import copy
+import csv
+import io
 import math
-import os
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import utils
-from model import NORMS, ResNet18, count_parameters
+from model import NORMS, WIDTH, ResNet18, count_parameters
 
 MOMENTUM = 0.9
 # Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth
 # that with the default of 0.01 % almost every epoch is progress, and the rate is cut far too late.
 PLATEAU_THRESHOLD = 0.01
 MIN_LR = 1e-4
-WARMUP_STEPS = 200  # in which the learning rate rises to --lr: at once it would throw fresh weights far off
-EVAL_BATCH = 500  # images; without gradients more of them fit at once
-PLOT_SECONDS = 30  # the curves are redrawn at most so often during the run
-# What --resume cannot change; where the run computes, where it is kept and how long it is may change.
-FIXED_SETTINGS = ["batch_size", "lr", "weight_decay", "factor", "patience", "label_smoothing", "val_split"]
-FIXED_SETTINGS += ["train_size", "norm", "seed"]
+WARMUP_STEPS = 200  # in which the rate rises to --lr; the full rate at once would throw fresh weights far off
+SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed since the last time
+NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
+CAN_CHANGE = {"data", "epochs", "workers", "device", "precision", "compile"}  # settings, on --resume
+OUTPUT_FILES = ["checkpoint.pt", "last.pt", "history.csv", "curves.png", "confusion.png"]
+GRADCAM_FILES = ["misclassified.png", "gradcam.png"]
 
 
 def get_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Train ResNet18 on CIFAR-10.", formatter_class=formatter)
-    count = utils.number(int, 1, 1_000_000, "a whole number from 1 to 1000000")
-    whole = utils.number(int, 0, 1_000, "a whole number from 0 to 1000")
-    processes = utils.number(int, 0, 64, "a whole number from 0 to 64")
-    seed = utils.number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
-    rate = utils.number(float, 1e-9, 1e6, "a number above 0")
-    factor = utils.number(float, 0.001, 0.999, "a number between 0 and 1")
-    share = utils.number(float, 0, 0.9, "a number from 0 to 0.9")
-    add = parser.add_argument
-    add("--data", default="data", help="folder of CIFAR-10 (else it is downloaded) or of images, or demo")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, number = parser.add_argument, utils.number
+    add("--data", default=data.DEFAULT_FOLDER, help="folder of CIFAR-10 or of images, or demo")
     add("--output", type=Path, default=Path("outputs"), help="folder for all that is written")
-    add("--epochs", type=count, default=40, help="passes over the training images")
-    add("--batch-size", type=count, default=128, help="images a step")
-    add("--lr", type=rate, default=0.1, help="learning rate after the warm-up")
-    add("--weight-decay", type=share, default=5e-4, help="L2 penalty")
-    add("--factor", type=factor, default=0.3, help="what a plateau multiplies the learning rate by")
-    add("--patience", type=whole, default=1, help="epochs without progress that are let pass before a cut")
-    add("--label-smoothing", type=share, default=0.1, help="share of the label spread over all classes")
-    add("--val-split", type=share, default=0.1, help="share of the training images kept for validation")
-    add("--train-size", type=count, help="train on so many images, if given")
+    add("--epochs", type=number(int, 1), default=40, help="passes over the training images")
+    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--lr", type=number(float, 1e-9, 1e6), default=0.1, help="learning rate after the warm-up")
+    add("--weight-decay", type=number(float, 0, 0.9), default=5e-4, help="L2 penalty")
+    add("--factor", type=number(float, 0.001, 0.999), default=0.3, help="multiplies the rate at a plateau")
+    add("--patience", type=number(int, 0), default=1, help="epochs without progress tolerated before it")
+    add("--label-smoothing", type=number(float, 0, 0.9), default=0.1, help="share spread over all classes")
+    add("--val-split", type=number(float, 0.001, 0.9), default=0.1, help="share kept for validation")
+    add("--limit", type=number(int, 2), help="use only so many training images, validation included")
+    techniques = list(data.augmentations(mean=[0, 0, 0]))  # only their names are needed
+    add("--without", nargs="+", choices=techniques, default=[], help="techniques to leave out")
     add("--norm", choices=NORMS, default="batch", help="normalisation layers")
-    add("--workers", type=processes, help="processes that augment, else 1 on a CPU and up to 16 with a GPU")
-    add("--seed", type=seed, default=0, help="of all randomness")
-    add("--device", choices=["auto", *utils.DEVICES], default="auto", help="where to compute")
-    add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="of convolutions")
+    add("--width", type=number(int, 1, 1024), default=WIDTH, help="channels of the stem")
+    add(
+        "--workers",
+        type=number(int, 0, 64),
+        help="processes that augment; if not given 1, or up to 16 with a GPU",
+    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
+    add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
+    add(
+        "--precision",
+        choices=["auto", *utils.PRECISIONS],
+        default="auto",
+        help="of convolutions and matrix products",
+    )
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--resume", nargs="?", const=True, metavar="FILE", help="go on from OUTPUT/last.pt, or from FILE")
-    add("--overwrite", action="store_true", help="replace the run in OUTPUT")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in OUTPUT")
     return parser
 
 
-def parse_args() -> tuple[argparse.Namespace, dict | None]:
-    """The settings and, with --resume, the state to go on from. Raises RunError."""
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The settings and, with --resume, the saved state to go on from. Raises RunError."""
     parser = get_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    last = args.output / "last.pt"
+    if not args.resume and (args.overwrite or not last.exists()):
+        return args, None
+    # Before it is read, so that save() notices should another run write it now.
+    mtime = last.stat().st_mtime_ns if last.exists() else 0
+    state = utils.load_checkpoint(last, "settings", "training", "history", "best", "classes", "mean", "std")
     if not args.resume:
-        if (args.output / "last.pt").exists() and not args.overwrite:
+        if state["history"]:
             raise utils.RunError(f"{args.output} holds a run: use --resume, --overwrite or another --output")
         return args, None
-    if args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite replaces it: use one of them")
-    file = args.output / "last.pt" if args.resume is True else Path(args.resume)
-    state = utils.load_checkpoint(file, "last state")
-    saved = state["settings"]
-    parser.set_defaults(**saved, output=file.parent)
-    args = parser.parse_args()  # what differs from the saved settings now was given by a flag
-    for name in FIXED_SETTINGS:
-        if getattr(args, name) != saved[name]:
+    parser.set_defaults(**state["settings"])
+    args = parser.parse_args(argv)  # again: now a flag that was not given has the value of the run
+    for name, value in state["settings"].items():
+        if name not in CAN_CHANGE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            parser.error(f"{flag} would change the run, which has {saved[name]}: leave it out")
+            parser.error(f"{flag} would change the run, which has {value}: leave it out")
     if args.epochs < len(state["history"]):
         parser.error(f"--epochs {args.epochs}: the run already has {len(state['history'])}")
-    return args, state
+    return args, {**state, "mtime": mtime}
 
 
-def build_training(args, classes: int, device: torch.device, fp16: bool) -> dict:
-    """Everything that has a state: model, averaged, optimizer, scheduler, warmup, scaler."""
-    torch.manual_seed(args.seed)
-    model = ResNet18(classes, args.norm).to(device, memory_format=torch.channels_last)
-    # Validated, tested and kept are the weights averaged over about the last epoch: they are better.
-    averaged = copy.deepcopy(model)
-    parameters, decay = model.parameters(), args.weight_decay
-    # Fused is faster; but when the scaler skips its very first step, the momentum is left uninitialised.
-    fused = device.type in ("cuda", "cpu") and not fp16
-    optimizer = torch.optim.SGD(parameters, args.lr, MOMENTUM, weight_decay=decay, nesterov=True, fused=fused)
-    plateau = {"factor": args.factor, "patience": args.patience, "threshold": PLATEAU_THRESHOLD}
-    scheduler = ReduceLROnPlateau(optimizer, min_lr=MIN_LR, **plateau)
-    warmup = LinearLR(optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-    training = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
-    return {**training, "warmup": warmup, "scaler": scaler}
+class Training:
+    """Everything with a state. All of it is saved, so that --resume goes on as if there had been no stop."""
 
+    def __init__(self, args: argparse.Namespace, classes: int, device: torch.device, fp16: bool):
+        torch.manual_seed(args.seed)
+        model = ResNet18(classes, args.norm, args.width).to(device, memory_format=torch.channels_last)
+        optimizer = SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, nesterov=True)
+        plateau = {"factor": args.factor, "patience": args.patience, "threshold": PLATEAU_THRESHOLD}
+        self.model = model
+        # Weights averaged over about the last epoch are better: these are validated, tested and kept.
+        self.averaged = copy.deepcopy(model)
+        self.optimizer = optimizer
+        self.warmup = LinearLR(optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
+        self.plateau = ReduceLROnPlateau(optimizer, min_lr=MIN_LR, **plateau)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)  # does nothing but for float16
 
-def restore(training: dict, state: dict, facts: dict) -> None:
-    """Load a saved state into `training`. Raises RunError when it is of other data or another network."""
-    if any(state[key] != facts[key] for key in ("classes", "mean", "std")):
-        raise utils.RunError(f"--data {facts['data']}: not the images that the run was started with")
-    fused = training["optimizer"].param_groups[0]["fused"]
-    try:
-        for name, part in training.items():
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in vars(self).items():
             if state[name]:  # a scaler that is not used has none
                 part.load_state_dict(state[name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise utils.RunError("the saved state is of another network or version: train again") from None
-    for group in training["optimizer"].param_groups:
-        group["fused"] = fused  # it belongs to this device, not to the saved state
 
 
 def float_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -129,238 +130,218 @@ def float_tensors(module: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
-def train_one_epoch(model, training: dict, loader, criterion, stats, precision, epochs_left: int) -> dict:
-    """One pass over the training images. Returns train_loss, train_accuracy in [0, 1] and images_per_second.
+def train_one_epoch(
+    training: Training, loader, normalize, criterion, precision, estimate_for: int = 0
+) -> dict:
+    """One pass over the training images. Returns train_loss, train_accuracy in [0, 1], images_per_second.
 
-    Raises RunError when the loss is not finite.
+    estimate_for: if not 0, a line says early on how long so many epochs will take
     """
-    optimizer, scaler = training["optimizer"], training["scaler"]
-    device = next(model.parameters()).device
-    stats = [torch.tensor(values, device=device) for values in stats]  # once: a copy makes the CPU wait
-    average = get_ema_multi_avg_fn(1 - 1 / len(loader))  # AveragedModel would make the CPU wait each step
-    averaged_and_new = [float_tensors(training["averaged"]), float_tensors(training["model"])]
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
+    device = normalize.mean.device
+    averaged, current = float_tensors(training.averaged), float_tensors(model)
+    # As in AveragedModel, which would read a counter on the GPU, and so wait for it, in each step.
+    update_average = get_ema_multi_avg_fn(1 - 1 / len(loader))
+    loss_sum = correct = seen = 0
+    start = time.perf_counter()
     model.train()
-    progress, start, count = utils.Progress(), time.perf_counter(), loader.sampler.count
-    for images, labels in loader:
+    for images, labels in utils.progress(loader, "training", estimate_for):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with utils.autocast(device, precision):
-            logits = model(data.normalize(images, *stats))  # (B, classes)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(normalize(images))  # (B, classes)
             loss = criterion(logits, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        training["warmup"].step()
-        average(*averaged_and_new, None)
+        training.warmup.step()
+        update_average(averaged, current, None)
 
-        # The sums stay on the device. Reading them makes the CPU wait, so that is done only to show them.
+        # The sums stay on the device: to read them in each step would make the CPU wait.
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if progress.due() or seen == count:
-            speed = seen / (time.perf_counter() - start)
-            row = {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
-            if not math.isfinite(row["train_loss"]):
-                raise utils.RunError("the training loss is no longer a finite number: try a smaller --lr")
-            left = utils.clock((epochs_left * count + count - seen) / speed)
-            share, means = f"{seen / count:4.0%}", "loss {train_loss:.4f}  accuracy {train_accuracy:.4f}"
-            progress.show(f"{share}  {left} left  {means.format(**row)}  {speed:,.0f} images/s")
-    progress.show("")
+    # Of augmented images and changing weights: no wonder that validation, of neither, looks better.
+    row = {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
     return {**row, "images_per_second": seen / (time.perf_counter() - start)}
 
 
-def evaluate(model: nn.Module, split: data.Split, stats, precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, classes) float32 and labels (N,) int64 of all images of a split, on the model's device."""
-    device = next(model.parameters()).device
-    batches = torch.from_numpy(split.images).split(EVAL_BATCH)
-    logits = utils.predict(model, (data.normalize(batch.to(device), *stats) for batch in batches), precision)
-    return logits, torch.from_numpy(split.labels).to(device)
+def validate(model: ResNet18, split: data.Split, normalize, criterion, precision: torch.dtype) -> dict:
+    """val_loss and val_accuracy in [0, 1]."""
+    logits, labels = utils.predict(model, split, normalize, precision)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return {"val_loss": criterion(logits, labels).item(), "val_accuracy": accuracy}
 
 
-def validate(model: nn.Module, split: data.Split, criterion, stats, precision) -> dict:
-    """val_loss and val_accuracy in [0, 1]; None without validation images. Raises RunError for NaN."""
-    if not len(split.labels):
-        return {"val_loss": None, "val_accuracy": None}
-    logits, labels = evaluate(model, split, stats, precision)
-    loss, accuracy = criterion(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-    if not math.isfinite(loss):  # the scheduler would count it as one more epoch without progress
-        raise utils.RunError("the validation loss is no longer a finite number: try a smaller --lr")
-    return {"val_loss": loss, "val_accuracy": accuracy}
+def final_test(model: ResNet18, split: data.Split, normalize, precision: torch.dtype) -> dict:
+    """Accuracies in [0, 1] and the confusion matrix, rows of counts (true class, predicted class)."""
+    logits, labels = utils.predict(model, split, normalize, precision)
+    mirrored = split._replace(images=split.images[:, :, ::-1].copy())
+    mirrored_logits, _ = utils.predict(model, mirrored, normalize, precision)
+    both = logits.softmax(1) + mirrored_logits.softmax(1)
+    pairs = (labels * model.classes + logits.argmax(1)).bincount(minlength=model.classes**2)
+    confusion = pairs.reshape(model.classes, -1)
+    return {
+        "test_accuracy": confusion.trace().item() / len(labels),
+        "mirrored_accuracy": (both.argmax(1) == labels).float().mean().item(),
+        "class_accuracy": (confusion.diagonal() / confusion.sum(1)).tolist(),
+        "confusion": confusion.tolist(),
+    }
 
 
-def save_epoch(output: Path, training: dict, history: list[dict], best: dict, facts: dict) -> None:
-    """Write last.pt, from which --resume can make all the rest again, then the rest."""
-    if len(history) == 1:  # a run that is replaced goes now, and its pictures with it
-        for name in ("curves.png", "confusion.png", "misclassified.png", "gradcam.png"):
-            (output / name).unlink(missing_ok=True)
-    states = {name: part.state_dict() for name, part in training.items()}
-    state = {"kind": "last state", **facts, **states, "history": history, "best": best}
-    utils.save_checkpoint(state, output / "last.pt")
-    if best["epoch"] == len(history):
+def remove(output: Path, names: list[str]) -> None:
+    """Remove these files of an earlier run, and all temporary ones that it left if it was killed."""
+    temporary = [path for name in OUTPUT_FILES + GRADCAM_FILES for path in output.glob(f"{name}.*.tmp")]
+    for path in [output / name for name in names] + temporary:
+        path.unlink(missing_ok=True)
+
+
+def save(output: Path, mtime: int, about: dict, training: Training, history: list, best: dict | None) -> int:
+    """Write all files. last.pt is the last, so that whenever the run is killed, it holds one whole epoch.
+
+    mtime: when this run wrote last.pt, in nanoseconds; RunError if it was written since. Returns it anew.
+    """
+    last = output / "last.pt"
+    if history:
+        if last.stat().st_mtime_ns != mtime:  # two runs must not mix
+            raise utils.RunError(f"another run now writes to {output}, so this one stops")
         utils.save_checkpoint(best, output / "checkpoint.pt")
-    save_history(output, history)
-    curves = output / "curves.png"
-    if not curves.exists() or time.time() - curves.stat().st_mtime > PLOT_SECONDS:
-        save_curves(output, history, facts)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, history[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        utils.write(output / "history.csv", table.getvalue().encode(), needed=False)
+        utils.save_figure(utils.plot_curves(history, about["title"]), output / "curves.png", needed=False)
+    state = {**about, "training": training.state_dict(), "history": history, "best": best}
+    utils.save_checkpoint(state, last)
+    return last.stat().st_mtime_ns
 
 
-def save_history(output: Path, history: list[dict]) -> None:
-    with utils.replacing(output / "history.csv") as file:
-        for row in (history[0], *(row.values() for row in history)):
-            file.write((",".join("" if value is None else str(value) for value in row) + "\n").encode())
-
-
-def save_curves(output: Path, history: list[dict], facts: dict) -> None:
-    title = f"ResNet18 on {facts['name']}, {facts['norm']} norm, seed {facts['settings']['seed']}"
-    utils.save_figure(utils.plot_curves(history, title), output / "curves.png")
-
-
-def seconds_a_step(batch_size: int, norm: str, precision: torch.dtype) -> float:
-    """On the CPU, from two steps on blank images of a network of its own; the first only warms up."""
-    model = ResNet18(norm=norm).to(memory_format=torch.channels_last)
-    images = torch.zeros(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
-    for _ in range(2):
-        start = time.perf_counter()
-        with utils.autocast(images.device, precision):
-            loss = model(images).sum()
-        loss.backward()
-    return time.perf_counter() - start
-
-
-def print_header(args, name: str, sizes: list[int], model: ResNet18, device, precision, left: int) -> None:
+def describe(args, splits: dict, mean, std, techniques: dict, training: Training, device, precision) -> dict:
+    """What gradcam.py, --resume and a report need to know of a run, besides its epochs and weights."""
+    train, model = splits["training"], training.model
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings["data"] = args.data if args.data == "demo" else str(Path(args.data).resolve())
+    without = f", without {' and '.join(args.without)}" if args.without else ""
+    counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print("data      {}: {:,} training, {:,} validation, {:,} test images".format(name, *sizes))
-    weights = f"{count_parameters(model):,} weights"
-    print(f"network   ResNet18, {args.norm} norm, {model.classes} classes, {weights}")
-    print(f"device    {hardware}, {str(precision).removeprefix('torch.')}")
-    print(f"seed      {args.seed}\noutput    {args.output}")
-    if not left:
-        return print(f"All {args.epochs} epochs are done, only the test follows; --epochs prolongs the run.")
+    packages = ("torch", "torchvision", "albumentations", "matplotlib")
+    return {
+        "title": f"{model.name} on {train.name}, {args.norm} norm{without}, seed {args.seed}",
+        "images": f"{counts} images in {model.classes} classes",
+        "weights": f"{count_parameters(model):,}",
+        "hardware": f"{hardware}, {str(precision).removeprefix('torch.')}",
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+        "augmentation": repr(techniques),
+        "plateau": training.plateau.state_dict(),  # for its settings: factor, patience, threshold, min_lrs
+        "settings": settings,
+        **{"name": train.name, "classes": train.classes, "mean": mean, "std": std},
+    }
+
+
+def print_header(about: dict, output: Path, device: torch.device) -> None:
+    for name in ("title", "images", "weights", "hardware"):
+        print(f"{name:10}{about[name]}")
+    print(f"output    {output}; after a stop: python train.py --resume --output {output}")
     if device.type == "cpu":
-        batch_size = min(args.batch_size, sizes[0])
-        epoch = utils.clock(seconds_a_step(batch_size, args.norm, precision) * sizes[0] / batch_size)
-        print(f"There is no GPU in use: an epoch will take about {epoch}; with one it would take seconds.")
-    print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s    time")
+        print("No GPU is in use: with one an epoch takes seconds. On a CPU try --width 16.")
+    print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
 
 
 def print_epoch(row: dict, epochs: int, is_best: bool, next_lr: float) -> None:
-    values = [row["train_loss"], row["train_accuracy"], row["val_loss"], row["val_accuracy"]]
-    losses = "{:>10}  {:>8}   {:>8}  {:>8}".format(*("-" if v is None else f"{v:.4f}" for v in values))
-    speed = f"{row['images_per_second']:8,.0f}  {utils.clock(row['seconds']):>6}"
-    mark = "  best" if is_best and row["val_loss"] is not None else ""
-    print(f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.5f}   {losses}   {speed}{mark}")
+    left = utils.clock((epochs - row["epoch"]) * row["seconds"])
+    losses = "{train_loss:10.4f}  {train_accuracy:8.4f}   {val_loss:8.4f}  {val_accuracy:8.4f}".format(**row)
+    times = f"{row['images_per_second']:8,.0f}  {utils.clock(row['seconds']):>7}  {left:>8}"
+    print(f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.5f}   {losses}   {times}{'  best' if is_best else ''}")
     if next_lr < row["lr"]:
         print(f"        plateau: the learning rate is cut from {row['lr']:.5f} to {next_lr:.5f}")
 
 
-def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """Expected calibration error in [0, 1] of logits (N, classes) with true labels (N,).
-
-    The gap between mean confidence and accuracy, in bins of equal width of the confidence, averaged over the
-    images (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3).
-    """
-    confidence, predicted = logits.softmax(1).max(1)
-    gaps = (predicted == labels).float() - confidence
-    # Within a bin, gaps above and below zero cancel out.
-    sums = (confidence * bins).long().clamp_max(bins - 1).bincount(gaps)
-    return sums.abs().sum().item() / len(labels)
-
-
-def final_test(output: Path, test: data.Split, model: nn.Module, best: dict, precision) -> None:
-    """Evaluate the best checkpoint on the test set, once; print accuracies, write confusion.png."""
-    model.load_state_dict(best["model"])
-    stats = best["mean"], best["std"]
-    progress = utils.Progress()
-    progress.show(f"testing on {len(test.labels):,} images")
-    logits, labels = evaluate(model, test, stats, precision)
-    mirrored, _ = evaluate(model, test._replace(images=test.images[:, :, ::-1].copy()), stats, precision)
-    progress.show("")
-    pairs = (labels * model.classes + logits.argmax(1)).bincount(minlength=model.classes**2)
-    confusion = pairs.reshape(model.classes, -1).cpu()  # (true class, predicted class)
-    accuracy = confusion.trace().item() / len(labels)
-    utils.save_checkpoint({**best, "test_accuracy": accuracy}, output / "checkpoint.pt")
-    share = f"{accuracy:.2%} of {len(labels):,} test images"
-    title = f"ResNet18 on {best['name']}: {share} (epoch {best['epoch']})"
-    utils.save_figure(utils.plot_confusion(confusion, test.classes, title), output / "confusion.png")
-    print(f"\nTest accuracy on {best['name']}: {accuracy:.2%}, with the weights of epoch {best['epoch']}")
-    for name, row, right in zip(test.classes, confusion, confusion.diagonal(), strict=True):
-        print(f"    {name:12} {right / row.sum():8.2%}")
-    both = (logits.softmax(1) + mirrored.softmax(1)).argmax(1)
-    print(f"Averaged with the mirrored image: {(both == labels).float().mean():.2%}")
-    print(f"Expected calibration error:       {calibration_error(logits, labels):.2%}")
+def print_result(result: dict, output: Path) -> None:
+    accuracy, epoch = result["test_accuracy"], result["epoch"]
+    figure = utils.plot_confusion(result, f"{result['title']}: test accuracy {accuracy:.2%} (epoch {epoch})")
+    utils.save_figure(figure, output / "confusion.png", needed=False)
+    print(f"\nTest accuracy on {result['name']}: {accuracy:.2%}, with the weights of epoch {epoch}")
+    for name, share in zip(result["classes"], result["class_accuracy"], strict=True):
+        print(f"    {name:12} {share:8.2%}")
+    print(f"Averaged with the mirrored image: {result['mirrored_accuracy']:.2%}")
+    print(f"Trained for {utils.clock(result['training_seconds'])}.")
+    print(f"Written to {output}: {', '.join(OUTPUT_FILES)}")
+    print(f"Next: python gradcam.py --n 10 --checkpoint {output / 'checkpoint.pt'}")
 
 
 def fit(args: argparse.Namespace, state: dict | None) -> None:
-    """Train from the start, or on from a saved `state`; then test."""
+    """Train from the beginning, or continue from a saved `state`; then test."""
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
-    on_gpu = device.type == "cuda"
-    # All batches but the last have one size: time the algorithms once, keep the fastest.
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one size: keep what is fastest
 
     # Data
-    train, test = data.load_train_test(args.data)
-    stats = data.channel_statistics(train.images)
-    indices = data.split_validation(train.labels, args.val_split, args.train_size, args.seed)
-    train, validation = (train.subset(part) for part in indices)
-    workers = args.workers
-    if workers is None:
-        workers = min(16, os.cpu_count() or 1) if on_gpu else 1
-    loader = data.train_loader(train, stats[0], args.batch_size, args.seed, workers, pin_memory=on_gpu)
+    train, test = data.load_split(args.data, "train"), data.load_split(args.data, "test")
+    if train.classes != test.classes:
+        raise utils.RunError(f"{args.data}: train and test must have the same class folders")
+    mean, std = data.channel_statistics(train.images)
+    normalize = data.Normalize(mean, std).to(device)
+    techniques = data.augmentations(mean, args.without)
+    train, validation = data.split_validation(train, args.val_split, args.limit, args.seed)
+    splits = {"training": train, "validation": validation, "test": test}
 
-    # Network, optimizer, scheduler
-    training = build_training(args, len(train.classes), device, precision == torch.float16)
-    model, averaged, optimizer, scheduler, warmup, _ = training.values()
-    of_this_call = ("output", "resume", "overwrite")
-    settings = {key: value for key, value in vars(args).items() if key not in of_this_call}
-    facts = {"name": data.data_name(args.data), "data": args.data, "norm": args.norm, "settings": settings}
-    facts |= {"classes": train.classes, "mean": stats[0], "std": stats[1]}
-    history, best = [], None
-    if state:
-        restore(training, state, facts)
-        history, best = state["history"], state["best"]
-    step_model = torch.compile(model) if args.compile else model
+    # Network, optimizer, schedulers
+    training = Training(args, len(train.classes), device, precision == torch.float16)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    sizes = [len(split.labels) for split in (train, validation, test)]
-    print_header(args, facts["name"], sizes, model, device, precision, args.epochs - len(history))
+    about = describe(args, splits, mean, std, techniques, training, device, precision)
+    if state:
+        # Up to rounding, for another machine may add up in another order.
+        same_pixels = torch.allclose(torch.tensor(state["mean"] + state["std"]), torch.tensor(mean + std))
+        if state["classes"] != train.classes or not same_pixels:
+            raise utils.RunError(f"--data {args.data}: not the images that the run was started with")
+        training.load_state_dict(state["training"])
+        history, best, mtime = state["history"], state["best"], state["mtime"]
+        remove(args.output, [])
+    else:
+        history, best = [], None
+        args.output.mkdir(parents=True, exist_ok=True)
+        remove(args.output, OUTPUT_FILES + GRADCAM_FILES)
+        mtime = save(args.output, 0, about, training, history, best)
+    if args.compile:
+        training.model.compile()
+    print_header(about, args.output, device)
 
-    try:
+    # Epochs
+    estimate_for = args.epochs - len(history)
+    with data.train_loader(train, techniques, args.batch_size, args.seed, args.workers, device) as loader:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            start, left = time.perf_counter(), args.epochs - epoch
+            start = time.perf_counter()
             loader.sampler.epoch = epoch
-            row = train_one_epoch(step_model, training, loader, criterion, stats, precision, left)
+            row = train_one_epoch(training, loader, normalize, criterion, precision, estimate_for)
+            estimate_for = 0
             if epoch == 1:  # begin the average anew, without the random weights of the start
-                averaged.load_state_dict(model.state_dict())
-            row |= validate(averaged, validation, criterion, stats, precision)
-            lr = optimizer.param_groups[0]["lr"]
-            if warmup.last_epoch >= WARMUP_STEPS:  # while the rate still rises, no plateau can be its fault
-                scheduler.step(row["val_loss"] if args.val_split else row["train_loss"])
+                training.averaged.load_state_dict(training.model.state_dict())
+            row |= validate(training.averaged, validation, normalize, criterion, precision)
+            if not math.isfinite(row["train_loss"] + row["val_loss"]):
+                raise utils.RunError("the loss is no longer a finite number: try a smaller --lr")
+            lr = training.optimizer.param_groups[0]["lr"]
+            if training.warmup.last_epoch >= WARMUP_STEPS:  # it counts steps; before, the rate still rises
+                training.plateau.step(row["val_loss"])
             history.append({"epoch": epoch, "lr": lr, **row, "seconds": time.perf_counter() - start})
-
-            is_best = not args.val_split or history[-1] is utils.best_epoch(history)
+            is_best = history[-1] is utils.best_epoch(history)  # by validation accuracy
             if is_best:
-                weights = copy.deepcopy(averaged.state_dict())
-                best = {"kind": "checkpoint", **facts, **history[-1], "model": weights}
-            save_epoch(args.output, training, history, best, facts)
-            print_epoch(history[-1], args.epochs, is_best, optimizer.param_groups[0]["lr"])
+                best = {**about, **history[-1], "model": copy.deepcopy(training.averaged.state_dict())}
+            if abs(time.time_ns() - mtime) > SAVE_SECONDS * 1e9:  # abs: a file server's clock may be ahead
+                mtime = save(args.output, mtime, about, training, history, best)
+            print_epoch(history[-1], args.epochs, is_best, training.optimizer.param_groups[0]["lr"])
+    mtime = save(args.output, mtime, about, training, history, best)
 
-        save_history(args.output, history)  # once more, should the run have been stopped while saving
-        save_curves(args.output, history, facts)
-        final_test(args.output, test, averaged, best, precision)
-    except KeyboardInterrupt as stop:
-        if history and (args.output / "last.pt").exists():
-            stop.args = (f"to go on: python train.py --resume {args.output / 'last.pt'}",)
-        raise
-    print(f"Trained for {utils.clock(sum(row['seconds'] for row in history))}.")
-    print(f"Written to {args.output}: checkpoint.pt, last.pt, history.csv, curves.png, confusion.png")
-    print(f"Next: python gradcam.py --n 10 --checkpoint {args.output / 'checkpoint.pt'}")
+    # Test
+    training.averaged.load_state_dict(best["model"])
+    result = {**best, **final_test(training.averaged, test, normalize, precision)}
+    result["training_seconds"] = sum(row["seconds"] for row in history)
+    save(args.output, mtime, about, training, history, result)
+    print_result(result, args.output)
 
 
-def main() -> None:
-    args, state = parse_args()
-    with utils.lock(args.output):
-        fit(args, state)
+def main(argv: list[str] | None = None) -> None:
+    fit(*parse_args(argv))
 
 
 if __name__ == "__main__":
