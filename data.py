@@ -120,14 +120,14 @@ class CIFAR10FromMirrors(CIFAR10):
     """torchvision's CIFAR-10, downloaded from the first of CIFAR10_URLS that delivers it."""
 
     def download(self) -> None:
-        """Unpack the archive, downloaded first if need be; but never among a user's own files."""
+        """Unpack the archive. If missing it is downloaded, but only to an empty folder or the default one."""
         folder, archive = Path(self.root), Path(self.root) / self.filename
         if not self._check_integrity() and not check_integrity(archive, self.tgz_md5):
-            is_ours = folder.resolve() == Path(DEFAULT_FOLDER).resolve()
-            if not is_ours and not folder.is_dir():
+            is_default = folder.resolve() == Path(DEFAULT_FOLDER).resolve()
+            if not is_default and not folder.is_dir():
                 raise RunError(f"there is no folder {folder}: name another, or make it to download CIFAR-10")
             found = {path.name for path in folder.glob("[!.]*")}
-            if is_ours:  # what is damaged there is fetched again
+            if is_default:  # what is damaged there is fetched again
                 found -= {archive.name, self.base_folder}
             if found:
                 expected = "train/<class>/* and test/<class>/*, or CIFAR-10 undamaged (by its MD5)"
@@ -137,7 +137,7 @@ class CIFAR10FromMirrors(CIFAR10):
 
 
 def fetch(archive: Path, md5: str) -> None:
-    """Download to a name of its own, which becomes `archive` when its MD5 is right. Raises RunError."""
+    """Download to a temporary name; if the MD5 is right, rename it to `archive`. Raises RunError."""
     part = archive.with_name(f".{archive.name}.{os.getpid()}")
     timeout = socket.getdefaulttimeout()
     for url in CIFAR10_URLS:
@@ -145,7 +145,8 @@ def fetch(archive: Path, md5: str) -> None:
         try:
             socket.setdefaulttimeout(SILENCE_LIMIT)
             download_url(url, str(part.parent), part.name, md5)
-            return os.replace(part, archive)
+            os.replace(part, archive)
+            return
         except Exception as error:  # whatever it is, the next address may deliver
             print(f"  failed: {error}", file=sys.stderr)
         finally:
@@ -183,7 +184,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)  # spread evenly over (0, 1)
     return shuffled[np.argsort(place[shuffled], kind="stable")]
 
 
@@ -250,7 +251,7 @@ def compose(techniques: dict[str, list]) -> A.Compose:
 
 
 class AugmentedBatches(Dataset):
-    """Whole batches, augmented: [(key, indices)] -> images (B, 32, 32, 3) uint8, labels (B,) int64.
+    """Item (key, indices) is a whole batch, augmented: images (B, 32, 32, 3) uint8, labels (B,) int64.
 
     All randomness of a batch comes from its key, so it does not matter which worker makes it, or when.
     """
@@ -258,8 +259,8 @@ class AugmentedBatches(Dataset):
     def __init__(self, split: Split, techniques: dict[str, list]):
         self.split, self.augment = split, compose(techniques)
 
-    def __getitem__(self, batch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        key, indices = batch
+    def __getitem__(self, item: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        key, indices = item
         # One generator for all transforms. Compose(seed=...) would give each its own with the *same* seed:
         # one draw would decide flip, rotation and cutout together, and workers would repeat each other.
         self.augment.set_random_state(np.random.default_rng(key), random.Random(str(key)))
@@ -314,7 +315,7 @@ def train_loader(split: Split, techniques: dict, batch_size: int, seed: int, wor
     try:
         yield loader
     finally:
-        if loader._iterator:  # else its workers live while any traceback, such as a notebook's, refers to it
+        if loader._iterator:  # PyTorch waits for the last reference, but a notebook's traceback keeps one
             loader._iterator._shutdown_workers()
 
 
@@ -333,7 +334,7 @@ def plot_augmentations(images: np.ndarray, mean: list[float], name: str) -> Figu
     for draw in (1, 2):
         columns[f"all together,\ndraw {draw}"] = [together(image=image)["image"] for image in images]
     pictures = [column[row] for row in range(len(images)) for column in columns.values()]
-    titles = [*columns, *[""] * len(pictures)]
+    titles = list(columns) + [""] * (len(pictures) - len(columns))  # above the first row
     heading = f"Augmentation of {name}: each technique alone and always applied, then as in training"
     return utils.plot_grid(pictures, titles, len(columns), heading)
 

@@ -621,7 +621,7 @@ def test_progress_tells_a_terminal_how_far_and_a_file_how_long(capsys, monkeypat
 
 def test_a_run_writes_what_it_promises(finished):
     log = (finished / "log").read_text()
-    assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cpu, float32" in log
+    assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cores), float32" in log
     assert "ResNet18 of width 8 on" in log and "No GPU" in log and f"--resume --output {finished}" in log
     assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
     assert "\r" not in log and re.search(r"left\n +1/2 .* 0:00:0\d   0:00:0\d ", log)

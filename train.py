@@ -10,6 +10,7 @@ import copy
 import csv
 import io
 import math
+import os
 import time
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +33,7 @@ MIN_LR = 1e-4
 WARMUP_STEPS = 200  # in which the rate rises to --lr; the full rate at once would throw fresh weights far off
 SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed since the last time
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
-CAN_CHANGE = {"data", "epochs", "workers", "device", "precision", "compile"}  # settings, on --resume
+CAN_CHANGE = {"data", "epochs", "workers", "device", "precision", "compile"}  # settings, by --resume
 OUTPUT_FILES = ["checkpoint.pt", "last.pt", "history.csv", "curves.png", "confusion.png"]
 GRADCAM_FILES = ["misclassified.png", "gradcam.png"]
 
@@ -55,19 +56,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--without", nargs="+", choices=techniques, default=[], help="techniques to leave out")
     add("--norm", choices=NORMS, default="batch", help="normalisation layers")
     add("--width", type=number(int, 1, 1024), default=WIDTH, help="channels of the stem")
-    add(
-        "--workers",
-        type=number(int, 0, 64),
-        help="processes that augment; if not given 1, or up to 16 with a GPU",
-    )
+    add("--workers", type=number(int, 0, 64), help="processes that augment; else 1, on a GPU up to 16")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
     add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
-    add(
-        "--precision",
-        choices=["auto", *utils.PRECISIONS],
-        default="auto",
-        help="of convolutions and matrix products",
-    )
+    add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="number format")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
@@ -109,7 +101,7 @@ class Training:
         optimizer = SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, nesterov=True)
         plateau = {"factor": args.factor, "patience": args.patience, "threshold": PLATEAU_THRESHOLD}
         self.model = model
-        # Weights averaged over about the last epoch are better: these are validated, tested and kept.
+        # The exponential moving average of the weights is better: this is validated, tested and kept.
         self.averaged = copy.deepcopy(model)
         self.optimizer = optimizer
         self.warmup = LinearLR(optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
@@ -126,13 +118,11 @@ class Training:
 
 
 def float_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and running statistics: all that averaging makes sense for."""
+    """The parameters and running statistics themselves, no copies: all that averaging makes sense for."""
     return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
-def train_one_epoch(
-    training: Training, loader, normalize, criterion, precision, estimate_for: int = 0
-) -> dict:
+def train_one_epoch(training: Training, loader, normalize, criterion, precision, estimate_for=0) -> dict:
     """One pass over the training images. Returns train_loss, train_accuracy in [0, 1], images_per_second.
 
     estimate_for: if not 0, a line says early on how long so many epochs will take
@@ -140,8 +130,8 @@ def train_one_epoch(
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     device = normalize.mean.device
     averaged, current = float_tensors(training.averaged), float_tensors(model)
-    # As in AveragedModel, which would read a counter on the GPU, and so wait for it, in each step.
-    update_average = get_ema_multi_avg_fn(1 - 1 / len(loader))
+    # Over about one epoch. (AveragedModel does the same, but makes the CPU wait for the GPU in each step.)
+    update_average = get_ema_multi_avg_fn(decay=1 - 1 / len(loader))
     loss_sum = correct = seen = 0
     start = time.perf_counter()
     model.train()
@@ -155,13 +145,13 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         training.warmup.step()
-        update_average(averaged, current, None)
+        update_average(averaged, current, None)  # the third argument, a count, is not used
 
         # The sums stay on the device: to read them in each step would make the CPU wait.
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-    # Of augmented images and changing weights: no wonder that validation, of neither, looks better.
+    # Measured on augmented images while the weights still change, so validation often looks better.
     row = {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
     return {**row, "images_per_second": seen / (time.perf_counter() - start)}
 
@@ -197,12 +187,12 @@ def remove(output: Path, names: list[str]) -> None:
 
 
 def save(output: Path, mtime: int, about: dict, training: Training, history: list, best: dict | None) -> int:
-    """Write all files. last.pt is the last, so that whenever the run is killed, it holds one whole epoch.
+    """Write all files, last.pt after all others: whenever the run is killed, it holds the end of an epoch.
 
-    mtime: when this run wrote last.pt, in nanoseconds; RunError if it was written since. Returns it anew.
+    mtime is when this run last wrote last.pt, in nanoseconds. Returns the new one. Raises RunError.
     """
     last = output / "last.pt"
-    if history:
+    if history:  # else it is the first time, and there is nothing but last.pt to write
         if last.stat().st_mtime_ns != mtime:  # two runs must not mix
             raise utils.RunError(f"another run now writes to {output}, so this one stops")
         utils.save_checkpoint(best, output / "checkpoint.pt")
@@ -217,6 +207,24 @@ def save(output: Path, mtime: int, about: dict, training: Training, history: lis
     return last.stat().st_mtime_ns
 
 
+def begin(output: Path, about: dict, training: Training) -> int:
+    """Make the folder of a new run, remove an earlier one from it, and write the first last.pt: see save."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove(output, OUTPUT_FILES + GRADCAM_FILES)
+    return save(output, 0, about, training, [], None)
+
+
+def resume(args: argparse.Namespace, state: dict, about: dict, training: Training) -> tuple:
+    """Restore `training` from a saved state. Returns history, best and mtime. Raises RunError."""
+    statistics = [torch.tensor(of["mean"] + of["std"]) for of in (state, about)]
+    # allclose: another machine may add up the pixels in another order.
+    if state["classes"] != about["classes"] or not torch.allclose(*statistics):
+        raise utils.RunError(f"--data {args.data}: not the images that the run was started with")
+    training.load_state_dict(state["training"])
+    remove(args.output, [])
+    return state["history"], state["best"], state["mtime"]
+
+
 def describe(args, splits: dict, mean, std, techniques: dict, training: Training, device, precision) -> dict:
     """What gradcam.py, --resume and a report need to know of a run, besides its epochs and weights."""
     train, model = splits["training"], training.model
@@ -224,7 +232,8 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
     settings["data"] = args.data if args.data == "demo" else str(Path(args.data).resolve())
     without = f", without {' and '.join(args.without)}" if args.without else ""
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    cores = f"{device.type} ({os.cpu_count()} cores)"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     packages = ("torch", "torchvision", "albumentations", "matplotlib")
     return {
         "title": f"{model.name} on {train.name}, {args.norm} norm{without}, seed {args.seed}",
@@ -274,7 +283,7 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     """Train from the beginning, or continue from a saved `state`; then test."""
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
-    torch.backends.cudnn.benchmark = True  # all batches but the last have one size: keep what is fastest
+    torch.backends.cudnn.benchmark = True  # let cuDNN time its algorithms and take the fastest
 
     # Data
     train, test = data.load_split(args.data, "train"), data.load_split(args.data, "test")
@@ -291,18 +300,9 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     about = describe(args, splits, mean, std, techniques, training, device, precision)
     if state:
-        # Up to rounding, for another machine may add up in another order.
-        same_pixels = torch.allclose(torch.tensor(state["mean"] + state["std"]), torch.tensor(mean + std))
-        if state["classes"] != train.classes or not same_pixels:
-            raise utils.RunError(f"--data {args.data}: not the images that the run was started with")
-        training.load_state_dict(state["training"])
-        history, best, mtime = state["history"], state["best"], state["mtime"]
-        remove(args.output, [])
+        history, best, mtime = resume(args, state, about, training)
     else:
-        history, best = [], None
-        args.output.mkdir(parents=True, exist_ok=True)
-        remove(args.output, OUTPUT_FILES + GRADCAM_FILES)
-        mtime = save(args.output, 0, about, training, history, best)
+        history, best, mtime = [], None, begin(args.output, about, training)
     if args.compile:
         training.model.compile()
     print_header(about, args.output, device)
@@ -315,7 +315,7 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
             loader.sampler.epoch = epoch
             row = train_one_epoch(training, loader, normalize, criterion, precision, estimate_for)
             estimate_for = 0
-            if epoch == 1:  # begin the average anew, without the random weights of the start
+            if epoch == 1:  # begin the average anew: so far the random weights of the start are part of it
                 training.averaged.load_state_dict(training.model.state_dict())
             row |= validate(training.averaged, validation, normalize, criterion, precision)
             if not math.isfinite(row["train_loss"] + row["val_loss"]):
@@ -334,7 +334,7 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
 
     # Test
     training.averaged.load_state_dict(best["model"])
-    result = {**best, **final_test(training.averaged, test, normalize, precision)}
+    result = {**best, **about, **final_test(training.averaged, test, normalize, precision)}
     result["training_seconds"] = sum(row["seconds"] for row in history)
     save(args.output, mtime, about, training, history, result)
     print_result(result, args.output)

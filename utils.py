@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -155,9 +156,9 @@ def progress(batches, what: str, rounds: int = 0) -> Iterator:
             print(f"{f'{what} will take about {clock(rounds * whole)}':60}", flush=True)
             rounds = 0
         if sys.stdout.isatty() and (now - shown > 0.5 or done == len(batches)):
-            shown = now
+            shown, width = now, shutil.get_terminal_size().columns - 1
             line = f"{what}: {done / len(batches):4.0%}, {clock(start + whole - now)} left"
-            print(f"{line if done < len(batches) else '':60}", end="\r", flush=True)
+            print(f"{line[:width] if done < len(batches) else '':{width}}", end="\r", flush=True)
 
 
 HINTS = {  # what an error of PyTorch says: what the user can do
