@@ -121,11 +121,14 @@ class CIFAR10FromMirrors(CIFAR10):
 
     def download(self) -> None:
         """Unpack the archive. If missing it is downloaded, but only to an empty folder or the default one."""
-        folder, archive = Path(self.root), Path(self.root) / self.filename
+        folder = Path(self.root)
+        archive = folder / self.filename
         if not self._check_integrity() and not check_integrity(archive, self.tgz_md5):
             is_default = folder.resolve() == Path(DEFAULT_FOLDER).resolve()
             if not is_default and not folder.is_dir():
-                raise RunError(f"there is no folder {folder}: name another, or make it to download CIFAR-10")
+                raise RunError(
+                    f"there is no folder {folder}: check its name, or leave --data out for CIFAR-10"
+                )
             found = {path.name for path in folder.glob("[!.]*")}
             if is_default:  # what is damaged there is fetched again
                 found -= {archive.name, self.base_folder}
@@ -198,7 +201,7 @@ def split_validation(split: Split, share: float, limit: int | None, seed: int) -
     order = stratified_order(split.labels, seed)[:limit]
     count = round(len(order) * share)
     if not 0 < count < len(order):
-        raise RunError(f"{share} of {len(order)} images leaves nothing to train on or to validate with")
+        raise RunError(f"{share} of {len(order)} images leaves nothing to train or validate with")
     return split.subset(order[count:]), split.subset(order[:count])
 
 
@@ -257,7 +260,8 @@ class AugmentedBatches(Dataset):
     """
 
     def __init__(self, split: Split, techniques: dict[str, list]):
-        self.split, self.augment = split, compose(techniques)
+        self.split = split
+        self.augment = compose(techniques)
 
     def __getitem__(self, item: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         key, indices = item

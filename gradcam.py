@@ -169,9 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     test = data.load_split(root, "test")
     classes = checkpoint["classes"]
     if test.classes != classes:
-        raise utils.RunError(
-            f"the checkpoint has the classes {', '.join(classes)}; {root} has others: see --data"
-        )
+        raise utils.RunError(f"{root} has not the classes {', '.join(classes)}: name another with --data")
 
     # Which errors?
     logits, labels = utils.predict(model, test, normalize, utils.choose_precision("auto", device))

@@ -622,7 +622,7 @@ def test_progress_tells_a_terminal_how_far_and_a_file_how_long(capsys, monkeypat
 def test_a_run_writes_what_it_promises(finished):
     log = (finished / "log").read_text()
     assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cores), float32" in log
-    assert "ResNet18 of width 8 on" in log and "No GPU" in log and f"--resume --output {finished}" in log
+    assert "ResNet18 of width 8 on" in log and "No GPU" not in log and f"--resume --output {finished}" in log
     assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
     assert "\r" not in log and re.search(r"left\n +1/2 .* 0:00:0\d   0:00:0\d ", log)
     with open(finished / "history.csv") as file:
@@ -789,13 +789,16 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images, tmp_
     assert (finished / "last.pt").read_bytes() == before
 
 
-def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp_path):
+def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp_path, capsys):
     flags = ("--data", images, "--output", tmp_path, *TINY, "--epochs", 1, "--without", "crop", "cutout")
     assert "ResNet18 of width 8 on" in (log := succeed(train, *flags)) and "without crop and cutout" in log
     model, checkpoint = gradcam.load_model(tmp_path / "checkpoint.pt")
     assert model.name == "ResNet18 of width 8" and model.feature.stem[0].out_channels == 8
     assert "width 8" in checkpoint["title"] and "without crop and cutout" in checkpoint["title"]
     assert "RandomCrop" not in checkpoint["augmentation"] and "Rotate" in checkpoint["augmentation"]
+    checkpoint["settings"]["width"] = 64
+    train.print_header(checkpoint, tmp_path, CPU)
+    assert "No GPU is in use" in capsys.readouterr().out
     del checkpoint["settings"]["width"]  # as of a run before there was a choice
     checkpoint["model"] = ResNet18(2).state_dict()
     torch.save(checkpoint, tmp_path / "older.pt")

@@ -252,7 +252,7 @@ def print_header(about: dict, output: Path, device: torch.device) -> None:
     for name in ("title", "images", "weights", "hardware"):
         print(f"{name:10}{about[name]}")
     print(f"output    {output}; after a stop: python train.py --resume --output {output}")
-    if device.type == "cpu":
+    if device.type == "cpu" and about["settings"]["width"] == WIDTH:
         print("No GPU is in use: with one an epoch takes seconds. On a CPU try --width 16.")
     print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from torch import nn
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -156,7 +156,8 @@ def progress(batches, what: str, rounds: int = 0) -> Iterator:
             print(f"{f'{what} will take about {clock(rounds * whole)}':60}", flush=True)
             rounds = 0
         if sys.stdout.isatty() and (now - shown > 0.5 or done == len(batches)):
-            shown, width = now, shutil.get_terminal_size().columns - 1
+            shown = now
+            width = shutil.get_terminal_size().columns - 1
             line = f"{what}: {done / len(batches):4.0%}, {clock(start + whole - now)} left"
             print(f"{line[:width] if done < len(batches) else '':{width}}", end="\r", flush=True)
 
@@ -214,7 +215,7 @@ def plot_curves(history: list[dict], title: str) -> Figure:
     label = f"best: epoch {best['epoch']}, {best['val_accuracy']:.2%}"
     accuracy.plot(best["epoch"], best["val_accuracy"], "k*", markersize=12, label=label)
     accuracy.set(title="Accuracy", ylabel="accuracy")
-    accuracy.yaxis.set_major_formatter("{x:.0%}")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     rate.step(epochs, rates, "k.-", where="mid", label="learning rate")
     rate.set(title="Learning rate", ylabel="learning rate (log scale)", yscale="log")
     rate.set_ylim(min(rates) / 2, max(rates) * 2)
