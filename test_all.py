@@ -786,6 +786,10 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images, tmp_
     assert_one_line_error(call(train, "--output", finished, "--resume", "--overwrite"), 2, "--overwrite")
     assert_one_line_error(call(train, "--output", finished, "--resume", "--data", "demo"), 1, "--data demo")
     assert_one_line_error(call(train, "--output", tmp_path, "--resume"), 1, "no file", "last.pt")
+    state = utils.load_checkpoint(finished / "last.pt")
+    state["training"]["model"] = ResNet18(2, "layer", 8).state_dict()  # as if model.py had been edited
+    utils.save_checkpoint(state, tmp_path / "last.pt")
+    assert_one_line_error(call(train, "--output", tmp_path, "--resume"), 1, "another network", "--overwrite")
     assert (finished / "last.pt").read_bytes() == before
 
 

@@ -166,6 +166,7 @@ HINTS = {  # what an error of PyTorch says: what the user can do
     "memory": "there is too little memory: choose a smaller --batch-size or fewer --workers",
     "terminated": "stopped from outside",
     "dataloader": "a worker process died, perhaps for lack of memory: use fewer --workers, or 0",
+    "loading state_dict": "the saved weights are of another network: train again with --overwrite",
     "torch._dynamo": "--compile does not work here, leave it out",
     "torch._inductor": "--compile does not work here, leave it out",
 }
