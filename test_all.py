@@ -696,6 +696,15 @@ def test_resume_is_bit_identical(finished, images, tmp_path):
     assert_same_run(finished, tmp_path)
 
 
+def test_a_finished_run_is_prolonged_from_its_end_not_from_its_best_epoch(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "best_epoch", lambda history: history[0])
+    flags = ("--data", images, *TINY, "--output")
+    succeed(train, *flags, tmp_path / "whole", "--epochs", 3)
+    succeed(train, *flags, tmp_path / "prolonged", "--epochs", 2)
+    succeed(train, "--output", tmp_path / "prolonged", "--resume", "--epochs", 3)
+    assert_same_run(tmp_path / "whole", tmp_path / "prolonged")
+
+
 @needs_signals
 @pytest.mark.parametrize("write", [1, 6])
 def test_a_run_killed_between_two_writes_goes_on_as_if_it_had_not_been(write, finished, images, tmp_path):

@@ -333,8 +333,9 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     mtime = save(args.output, mtime, about, training, history, best)
 
     # Test
-    training.averaged.load_state_dict(best["model"])
-    result = {**best, **about, **final_test(training.averaged, test, normalize, precision)}
+    kept = copy.deepcopy(training.averaged)  # whose own state is saved once more below
+    kept.load_state_dict(best["model"])
+    result = {**best, **about, **final_test(kept, test, normalize, precision)}
     result["training_seconds"] = sum(row["seconds"] for row in history)
     save(args.output, mtime, about, training, history, result)
     print_result(result, args.output)
