@@ -3,12 +3,13 @@
 python data.py [--data DIR]      draw augmentations.png: what each technique does to a few images
 """
 
-import argparse
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity, download_url
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
@@ -28,7 +29,7 @@ import albumentations as A
 import cv2
 
 import utils
-from utils import RunError
+from utils import Figure, RunError
 
 IMAGE_SIZE = 32  # pixels
 
@@ -40,6 +41,7 @@ ROTATE_PROBABILITY = 0.5  # each rotation blurs a little, so half of the images 
 CUTOUT_SIZE = 16  # pixels, the side of the square hole
 CUTOUT_PROBABILITY = 0.5  # it hides a quarter of the image, so half of the images stay whole
 
+IMAGE_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif")
 CIFAR10_NAME = "CIFAR-10"
 DEFAULT_FOLDER = "data"  # where CIFAR-10 is, or is downloaded to
 # The home page has served 55 to 85 kB/s since June 2026, so faster copies of the same file come first. The
@@ -50,7 +52,6 @@ CIFAR10_URLS = [
     CIFAR10.url,
 ]
 SILENCE_LIMIT = 20  # seconds without a byte after which a server counts as gone; torchvision waits for ever
-BATCH_LIMIT = 120  # seconds; a batch takes much less than one, but with too little shared memory none comes
 
 DEMO_SIZES = {"train": 2000, "test": 500}
 DEMO_SHAPES = {  # name: which points (u, v) of the square [-1, 1] x [-1, 1] belong to the shape
@@ -88,31 +89,53 @@ def load_split(root: str, split: str) -> Split:
         images, labels, _ = draw_demo(split)
         return Split(images, labels, list(DEMO_SHAPES), "demo")
     folder = Path(root)
-    if (folder / "train").is_dir() or (folder / "test").is_dir():
-        return read_image_folder(folder, split)
+    # Sorted, "Train" comes before "train", which therefore counts if both are there.
+    inside = {path.name.lower(): path for path in sorted(folder.glob("*")) if path.is_dir()}
+    if split in inside:
+        return read_class_folders(inside[split], folder.resolve().name)
+    if folder.resolve().name == CIFAR10.base_folder:
+        folder = folder.resolve().parent
     cifar10 = CIFAR10FromMirrors(folder, train=split == "train", download=True)
     return Split(cifar10.data, np.array(cifar10.targets), cifar10.classes, CIFAR10_NAME)
 
 
-def read_image_folder(root: Path, split: str) -> Split:
-    """torchvision's ImageFolder root/split, read into memory. Raises RunError."""
+def read_class_folders(folder: Path, name: str) -> Split:
+    """The images of folder/<class>/*, as torchvision's ImageFolder finds them. Raises RunError.
+
+    Names that begin with a dot are left out: ._x.png of a Mac, the copies in .ipynb_checkpoints.
+    """
+    others = Counter()  # names of files by their ending
+
+    def is_image(path: str) -> bool:
+        visible = not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+        ending = Path(path).suffix.lower() or "without ending"
+        others[ending] += visible and ending not in IMAGE_FILES
+        return visible and ending in IMAGE_FILES
+
+    classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     try:
-        folder = ImageFolder(str(root / split))
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{root / split} must hold a folder of images for each class: {error}") from error
-    paths = utils.progress([path for path, _ in folder.samples], f"reading {root / split}")
-    images = np.stack([read_image(path) for path in paths])
-    return Split(images, np.array(folder.targets), folder.classes, root.resolve().name)
+        samples = make_dataset(folder, {c: i for i, c in enumerate(classes)}, is_valid_file=is_image)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} must hold a folder of images for each class: {error}") from error
+    if others.total():
+        print(f"{folder}: not read are", ", ".join(f"{n} {ending}" for ending, n in (+others).items()))
+    paths, labels = zip(*samples, strict=True)
+    images = np.stack([read_image(path) for path in utils.progress(paths, f"reading {folder}")])
+    return Split(images, np.array(labels), classes, name)
 
 
 def read_image(path: str) -> np.ndarray:
-    """The first picture of a file as (32, 32, 3) uint8 RGB; transparency is dropped. Raises RunError."""
+    """The first picture of a file, upright, as (32, 32, 3) uint8 RGB; no transparency. Raises RunError."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # Pillow would clip all above 255 to white
                 raise ValueError("it has more than 8 bits per channel")
-            return np.array(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)))
+            image.info.pop("transparency", None)
+            upright = ImageOps.exif_transpose(image)  # a camera that was turned says so in the file
+            return np.array(upright.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)))
     except Exception as error:  # a damaged file makes Pillow raise one of a dozen types
+        if isinstance(error, OSError) and error.errno:  # of the operating system
+            raise RunError(f"{path} cannot be read: {error.strerror}") from error
         raise RunError(f"{path} cannot be read as an image: repair or remove it ({error})") from error
 
 
@@ -134,7 +157,11 @@ class CIFAR10FromMirrors(CIFAR10):
                 expected = "train/<class>/* and test/<class>/*, or CIFAR-10 undamaged (by its MD5)"
                 raise RunError(f"{folder} holds {', '.join(sorted(found)[:4])}: expected {expected}")
             fetch(archive, self.tgz_md5)
-        super().download()
+        try:
+            super().download()
+        except OSError as error:  # as in a notebook's input folder
+            why = f"{archive} cannot be unpacked there ({error.strerror})"
+            raise RunError(f"{why}: unpack it elsewhere, and name that folder with --data") from error
 
 
 def fetch(archive: Path, md5: str) -> None:
@@ -217,7 +244,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 class Normalize(nn.Module):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in channels_last memory."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in the device's memory format."""
 
     def __init__(self, mean: list[float], std: list[float]):
         """Mean and standard deviation of the three channels, for values in [0, 1]."""
@@ -226,7 +253,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        normal = ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        return normal.contiguous(memory_format=utils.memory_format(images.device))
 
 
 def augmentations(mean: list[float], without: Sequence[str] = ()) -> dict[str, list]:
@@ -299,11 +327,18 @@ def prepare_worker(_: int) -> None:
 def train_loader(split: Split, techniques: dict, batch_size: int, seed: int, workers: int | None, device):
     """A DataLoader of augmented batches, images (B, 32, 32, 3) uint8, labels (B,) int64, for a `with` block.
 
-    Set its `.sampler.epoch` before each epoch. workers: None is 1, or with a GPU up to 16.
+    Set its `.sampler.epoch` before each epoch. workers: None is 1; with a GPU up to 16, on Windows 4. Raises
+    RunError when there is too little shared memory for them.
     """
     on_gpu = device.type == "cuda"
     if workers is None:
-        workers = min(16, os.cpu_count() or 1) if on_gpu else 1
+        workers = min(4 if sys.platform == "win32" else 16, utils.usable_cores()) if on_gpu else 1
+    shared, needed = Path("/dev/shm"), 2 * workers * batch_size * 3 * IMAGE_SIZE**2  # bytes, two batches each
+    if shared.is_dir() and shutil.disk_usage(shared).free < needed:  # without room no batch would ever come
+        raise RunError(
+            f"{shared} has no room for the batches of {workers} workers: use fewer --workers, or 0"
+        )
+    sys.modules["__main__"].__dict__.setdefault("__spec__", None)  # a second %run of a notebook has none
     loader = DataLoader(
         AugmentedBatches(split, techniques),
         batch_size=None,  # the data set returns whole batches
@@ -311,7 +346,6 @@ def train_loader(split: Split, techniques: dict, batch_size: int, seed: int, wor
         num_workers=workers,
         worker_init_fn=prepare_worker,
         persistent_workers=workers > 0,
-        timeout=BATCH_LIMIT if workers else 0,
         pin_memory=on_gpu,
     )
     try:
@@ -341,14 +375,17 @@ def plot_augmentations(images: np.ndarray, mean: list[float], name: str) -> Figu
     return utils.plot_grid(pictures, titles, len(columns), heading)
 
 
+@utils.explained_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw what each augmentation does to a few training images.")
-    parser.add_argument("--data", default=DEFAULT_FOLDER, help="folder, or demo (default: %(default)s)")
+    parser = utils.Parser("Draw what each augmentation does to a few training images.")
+    parser.add_argument("--data", default=DEFAULT_FOLDER, help="folder of CIFAR-10 or of images, or demo")
     train = load_split(parser.parse_args(argv).data, "train")
     mean, _ = channel_statistics(train.images)
     chosen = train.images[stratified_order(train.labels, seed=0)[:4]]
-    utils.save_figure(plot_augmentations(chosen, mean, train.name), Path("augmentations.png"))
-    print("wrote augmentations.png")
+    picture = Path("augmentations.png")
+    utils.save_figure(plot_augmentations(chosen, mean, train.name), picture)
+    print(f"Written: {picture}")
+    utils.show(picture)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,19 @@ python gradcam.py --n 10                 the ten errors of which it was most con
 python gradcam.py --n 20 --seed 1        twenty at random
 """
 
-import argparse
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 import data
 import utils
 from model import STAGES, WIDTH, ResNet18
+from utils import Figure
 
 LAYERS = ("stem", *STAGES)
 COLOUR_MAP = "viridis"  # perceptually uniform: equal steps in value look equal, also in grey
@@ -58,12 +57,18 @@ class GradCAM(nn.Module):
         """Images (N, 3, 32, 32) -> activations (N, C, h, w) of the layer."""
         return self.features_conv(x)
 
+    @torch.inference_mode(False)
     def heatmaps(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalised images (N, 3, H, W) and N class indices -> maps (N, H, W) in [0, 1].
 
         Each map is divided by its maximum, then enlarged; it is zero everywhere where nothing speaks for the
         class. The network's modes, gradients and parameters stay as they are. Equations 1 and 2 of the paper.
+        Raises ValueError when images, labels and network are not on one device.
         """
+        places = {"images": images.device, "labels": labels.device, "network": next(self.parameters()).device}
+        if len(set(places.values())) > 1:
+            where = ", ".join(f"{name} on {device}" for name, device in places.items())
+            raise ValueError(f"{where}: move all to one device, as by images.to(device)")
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         with torch.no_grad():
@@ -72,7 +77,7 @@ class GradCAM(nn.Module):
             activations.requires_grad_()
             logits = self.classifier(activations)  # (N, classes)
             # No image influences another, so the gradient of the sum holds that of each class logit.
-            score = logits.gather(1, labels[:, None]).sum()
+            score = logits.gather(1, labels[:, None].clone()).sum()  # clone: see inference_mode
             (self.gradients,) = torch.autograd.grad(score, activations)
         for module, was_training in modes:
             module.training = was_training
@@ -84,7 +89,7 @@ class GradCAM(nn.Module):
 
 
 def load_model(path: str | Path) -> tuple[ResNet18, dict]:
-    """The network of a checkpoint, with its weights, for evaluation; and the checkpoint. Raises RunError."""
+    """The network of a checkpoint, on the CPU, for evaluation; and the checkpoint. Raises RunError."""
     checkpoint = utils.load_checkpoint(Path(path), "settings", "name", "classes", "mean", "std", "model")
     settings = {"width": WIDTH, **checkpoint["settings"]}
     model = ResNet18(len(checkpoint["classes"]), settings["norm"], settings["width"])
@@ -92,7 +97,7 @@ def load_model(path: str | Path) -> tuple[ResNet18, dict]:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError):
         raise utils.RunError(f"{path} is of another network: name another, or train again") from None
-    return model.to(memory_format=torch.channels_last).eval(), checkpoint
+    return model.eval(), checkpoint
 
 
 class Mistake(NamedTuple):
@@ -142,9 +147,8 @@ def plot_heatmaps(mistakes: list[Mistake], maps: np.ndarray, heading: str) -> Fi
     return figure
 
 
-def get_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Show why the network errs.", formatter_class=formatter)
+def get_parser() -> utils.Parser:
+    parser = utils.Parser("Show why the network errs.")
     add = parser.add_argument
     add("--n", type=utils.number(int, 1, 100), default=10, help="misclassified images to show")
     add("--checkpoint", type=Path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
@@ -156,16 +160,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@utils.explained_errors()
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = utils.choose_device(args.device)
     model, checkpoint = load_model(args.checkpoint)
-    model.to(device)
+    model.to(device, memory_format=utils.memory_format(device))
     normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
     root = args.data or checkpoint["settings"]["data"]
-    if not args.data and checkpoint["name"] == data.CIFAR10_NAME and not Path(root).is_dir():
-        print(f"{root} is gone: CIFAR-10 is taken from {data.DEFAULT_FOLDER}")
-        root = data.DEFAULT_FOLDER
     test = data.load_split(root, "test")
     classes = checkpoint["classes"]
     if test.classes != classes:
@@ -188,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     print("test index  true        predicted   confidence")
     for m in mistakes:
-        print(f"{m.index:10}  {m.true:12}{m.predicted:12}{m.confidence:10.1%}")
+        names = utils.pad(m.true, 12) + utils.pad(m.predicted, 12)
+        print(f"{m.index:10}  {names}{m.confidence:10.1%}")
 
     # Why? Each image twice: for the predicted class and for the true one.
     images = normalize(torch.from_numpy(np.stack([m.image for m in mistakes])).to(device))
@@ -206,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     figure = plot_heatmaps(mistakes, maps, f"Grad-CAM ({args.layer}) of {heading}")
     utils.save_figure(figure, output / "gradcam.png")
     print(f"Written to {output}: misclassified.png, gradcam.png")
+    utils.show(output / "misclassified.png", output / "gradcam.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import copy
 import csv
 import io
 import math
-import os
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ MOMENTUM = 0.9
 # Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth
 # that with the default of 0.01 % almost every epoch is progress, and the rate is cut far too late.
 PLATEAU_THRESHOLD = 0.01
-MIN_LR = 1e-4
+MIN_LR = 0.001  # of --lr
 WARMUP_STEPS = 200  # in which the rate rises to --lr; the full rate at once would throw fresh weights far off
 SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed since the last time
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
@@ -39,7 +39,7 @@ GRADCAM_FILES = ["misclassified.png", "gradcam.png"]
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.Parser("Train ResNet18; validation decides when the learning rate is cut.")
     add, number = parser.add_argument, utils.number
     add("--data", default=data.DEFAULT_FOLDER, help="folder of CIFAR-10 or of images, or demo")
     add("--output", type=Path, default=Path("outputs"), help="folder for all that is written")
@@ -97,7 +97,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace, classes: int, device: torch.device, fp16: bool):
         torch.manual_seed(args.seed)
-        model = ResNet18(classes, args.norm, args.width).to(device, memory_format=torch.channels_last)
+        model = ResNet18(classes, args.norm, args.width).to(device, memory_format=utils.memory_format(device))
         optimizer = SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, nesterov=True)
         plateau = {"factor": args.factor, "patience": args.patience, "threshold": PLATEAU_THRESHOLD}
         self.model = model
@@ -105,7 +105,8 @@ class Training:
         self.averaged = copy.deepcopy(model)
         self.optimizer = optimizer
         self.warmup = LinearLR(optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
-        self.plateau = ReduceLROnPlateau(optimizer, min_lr=MIN_LR, **plateau)
+        # eps: cuts smaller than this are left out; by default it is not in proportion to the rate.
+        self.plateau = ReduceLROnPlateau(optimizer, min_lr=MIN_LR * args.lr, eps=1e-7 * args.lr, **plateau)
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)  # does nothing but for float16
 
     def state_dict(self) -> dict:
@@ -129,6 +130,7 @@ def train_one_epoch(training: Training, loader, normalize, criterion, precision,
     """
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     device = normalize.mean.device
+    pinned = device.type == "cuda"  # from other memory, copies that go on while we do may read what is gone
     averaged, current = float_tensors(training.averaged), float_tensors(model)
     # Over about one epoch. (AveragedModel does the same, but makes the CPU wait for the GPU in each step.)
     update_average = get_ema_multi_avg_fn(decay=1 - 1 / len(loader))
@@ -136,8 +138,8 @@ def train_one_epoch(training: Training, loader, normalize, criterion, precision,
     start = time.perf_counter()
     model.train()
     for images, labels in utils.progress(loader, "training", estimate_for):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        images, labels = images.to(device, non_blocking=pinned), labels.to(device, non_blocking=pinned)
+        with utils.autocast(device, precision):
             logits = model(normalize(images))  # (B, classes)
             loss = criterion(logits, labels)
         optimizer.zero_grad()
@@ -232,7 +234,7 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
     settings["data"] = args.data if args.data == "demo" else str(Path(args.data).resolve())
     without = f", without {' and '.join(args.without)}" if args.without else ""
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
-    cores = f"{device.type} ({os.cpu_count()} cores)"
+    cores = f"{device.type} ({utils.usable_cores()} cores)"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     packages = ("torch", "torchvision", "albumentations", "matplotlib")
     return {
@@ -251,9 +253,11 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
 def print_header(about: dict, output: Path, device: torch.device) -> None:
     for name in ("title", "images", "weights", "hardware"):
         print(f"{name:10}{about[name]}")
-    print(f"output    {output}; after a stop: python train.py --resume --output {output}")
+    print(f"output    {output}; after a stop: python train.py --resume --output {utils.quote(output)}")
     if device.type == "cpu" and about["settings"]["width"] == WIDTH:
         print("No GPU is in use: with one an epoch takes seconds. On a CPU try --width 16.")
+        if not torch.version.cuda and not torch.version.hip and sys.platform != "darwin":
+            print("This PyTorch was built without CUDA; with it: https://pytorch.org/get-started/locally")
     print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
 
 
@@ -261,9 +265,9 @@ def print_epoch(row: dict, epochs: int, is_best: bool, next_lr: float) -> None:
     left = utils.clock((epochs - row["epoch"]) * row["seconds"])
     losses = "{train_loss:10.4f}  {train_accuracy:8.4f}   {val_loss:8.4f}  {val_accuracy:8.4f}".format(**row)
     times = f"{row['images_per_second']:8,.0f}  {utils.clock(row['seconds']):>7}  {left:>8}"
-    print(f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.5f}   {losses}   {times}{'  best' if is_best else ''}")
+    print(f"{row['epoch']:3}/{epochs:<3} {row['lr']:8.3g}   {losses}   {times}{'  best' if is_best else ''}")
     if next_lr < row["lr"]:
-        print(f"        plateau: the learning rate is cut from {row['lr']:.5f} to {next_lr:.5f}")
+        print(f"        plateau: the learning rate is cut from {row['lr']:.3g} to {next_lr:.3g}")
 
 
 def print_result(result: dict, output: Path) -> None:
@@ -272,11 +276,12 @@ def print_result(result: dict, output: Path) -> None:
     utils.save_figure(figure, output / "confusion.png", needed=False)
     print(f"\nTest accuracy on {result['name']}: {accuracy:.2%}, with the weights of epoch {epoch}")
     for name, share in zip(result["classes"], result["class_accuracy"], strict=True):
-        print(f"    {name:12} {share:8.2%}")
+        print(f"    {utils.pad(name, 12)} {share:8.2%}")
     print(f"Averaged with the mirrored image: {result['mirrored_accuracy']:.2%}")
     print(f"Trained for {utils.clock(result['training_seconds'])}.")
     print(f"Written to {output}: {', '.join(OUTPUT_FILES)}")
-    print(f"Next: python gradcam.py --n 10 --checkpoint {output / 'checkpoint.pt'}")
+    print(f"Next: python gradcam.py --n 10 --checkpoint {utils.quote(output / 'checkpoint.pt')}")
+    utils.show(output / "curves.png", output / "confusion.png")
 
 
 def fit(args: argparse.Namespace, state: dict | None) -> None:
@@ -341,6 +346,7 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     print_result(result, args.output)
 
 
+@utils.explained_errors()
 def main(argv: list[str] | None = None) -> None:
     fit(*parse_args(argv))
 

@@ -2,24 +2,35 @@
 
 import argparse
 import contextlib
+import errno
+import functools
 import io
 import math
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from torch import nn
+
+if "IPython" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)  # by a notebook that started this process: it may not exist here
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,6 +42,10 @@ class RunError(Exception):
     """The program cannot go on; the message says why and what to do."""
 
 
+class UsageError(RunError):
+    """A flag is wrong."""
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" takes CUDA, then MPS, then the CPU. Raises RunError when the device asked for is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -39,6 +54,18 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise RunError(f"--device {name}: PyTorch finds no such device on this machine; try --device cpu")
     return torch.device(name)
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Channels last, the fastest for convolutions; on MPS it is slow and was wrong (PyTorch issue 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -58,6 +85,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def autocast(device: torch.device, precision: torch.dtype):
+    """For a forward pass. In float32 nothing is entered: an autocast that is off still warns on MPS."""
+    return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, split, normalize: nn.Module, precision: torch.dtype) -> tuple:
     """In evaluation mode: logits (N, classes) float32 and labels (N,) int64, both on the CPU.
@@ -68,9 +100,18 @@ def predict(model: nn.Module, split, normalize: nn.Module, precision: torch.dtyp
     model.eval()
     logits = []
     for images in progress(torch.from_numpy(split.images).split(EVAL_BATCH), "evaluating"):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(device, precision):
             logits.append(model(normalize(images.to(device))).float())
     return torch.cat(logits).cpu(), torch.from_numpy(split.labels)
+
+
+def sync(file: int) -> None:
+    """os.fsync, where the file system has it."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network drives answer
+            raise
 
 
 def write(path: Path, content: bytes, needed: bool = True) -> None:
@@ -82,7 +123,7 @@ def write(path: Path, content: bytes, needed: bool = True) -> None:
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # on the disk before it takes the place of the old one
+                sync(file.fileno())  # on the disk before it takes the place of the old one
             return os.replace(temporary, path)
         except OSError as error:
             message = f"{path} cannot be written ({error.strerror})"
@@ -95,9 +136,20 @@ def write(path: Path, content: bytes, needed: bool = True) -> None:
 
 def save_figure(figure: Figure, path: Path, needed: bool = True) -> None:
     """Write a matplotlib Figure as PNG. Raises RunError, or says so in a line if it is not `needed`."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    characters = {character for text in figure.findobj(Text) for character in text.get_text()} - {"\n"}
+    report_unknown("".join(sorted(c for c in characters if ord(c) not in known)))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # one for each character and each time
+        figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     write(path, buffer.getbuffer(), needed)
+
+
+@functools.cache  # once, though they are in every figure of a run
+def report_unknown(characters: str) -> None:
+    if characters:
+        print(f"pictures have boxes in place of {' '.join(characters)}, which the font of matplotlib lacks")
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -137,32 +189,60 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
+def pad(text: str, width: int) -> str:
+    """Spaces up to a width on the screen, where Chinese characters take two places, loose accents none."""
+    extra = sum((unicodedata.east_asian_width(c) in "WF") - (unicodedata.combining(c) > 0) for c in text)
+    return text.ljust(width - extra)
+
+
+def quote(path: Path) -> str:
+    """A path as the system's shell takes it."""
+    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
+
+
 def clock(seconds: float) -> str:
     """3725.4 -> "1:02:05"."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def progress(batches, what: str, rounds: int = 0) -> Iterator:
-    """Yield each of the batches; on a terminal, and only there, a line shows how far they are.
+    """Yield each of the batches; on a terminal or in a notebook, only there, a line shows how far they are.
 
     rounds: if given, a line that goes to files too tells early on how long so many rounds of them will take
     """
+    # Standard output may be anything that can write: a window of IDLE, a file, None.
+    watched = in_notebook() or isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty()
     start = shown = time.perf_counter()
     for done, batch in enumerate(batches, 1):
         yield batch
         now = time.perf_counter()
         whole = (now - start) * len(batches) / done  # seconds
         if rounds and now - start > ESTIMATE_SECONDS:
-            print(f"{f'{what} will take about {clock(rounds * whole)}':60}", flush=True)
+            print(f"{f'{what} will take about {clock(rounds * whole)}':60}")
             rounds = 0
-        if sys.stdout.isatty() and (now - shown > 0.5 or done == len(batches)):
+        if watched and (now - shown > 0.5 or done == len(batches)):
             shown = now
             width = shutil.get_terminal_size().columns - 1
             line = f"{what}: {done / len(batches):4.0%}, {clock(start + whole - now)} left"
             print(f"{line[:width] if done < len(batches) else '':{width}}", end="\r", flush=True)
 
 
+def in_notebook() -> bool:
+    """Only asks IPython if it is running already."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
+def show(*paths: Path) -> None:
+    """In a notebook the pictures stand below the cell."""
+    if in_notebook():
+        from IPython.display import Image, display
+
+        display(*[Image(filename=path) for path in paths if path.exists()])
+
+
 HINTS = {  # what an error of PyTorch says: what the user can do
+    "no kernel image": "this GPU is too old for this PyTorch: use --device cpu, or an older PyTorch",
     "memory": "there is too little memory: choose a smaller --batch-size or fewer --workers",
     "terminated": "stopped from outside",
     "dataloader": "a worker process died, perhaps for lack of memory: use fewer --workers, or 0",
@@ -172,26 +252,48 @@ HINTS = {  # what an error of PyTorch says: what the user can do
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in its help; raises UsageError where argparse would end the process."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """For each main(): what can happen though the code is right becomes a RunError that says what to do."""
+    try:
+        with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called "$5 to $10"
+            yield
+    except OSError as error:
+        raise RunError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]
+        for words, hint in HINTS.items():
+            if words in f"{type(error)} {error}".lower():
+                raise RunError(f"{hint} ({first_line})") from error
+        raise
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call main(); an expected error or a stop becomes one line and an exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    """Call main() for the command line: a RunError or a stop becomes one line and an exit status."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):
         # So that a log file shows each epoch when it ends, and no name of a class stops the program.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$5 to $10"
     try:
         main()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
-        for words, hint in HINTS.items():
-            if words in f"{type(error)} {error}".lower():
-                sys.exit(f"error: {hint} ({first_line})")
-        raise
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)  # %run in a notebook leaves the process alive
 
 
 def best_epoch(history: list[dict]) -> dict:
