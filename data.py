@@ -42,6 +42,7 @@ CUTOUT_SIZE = 16  # pixels, the side of the square hole
 CUTOUT_PROBABILITY = 0.5  # it hides a quarter of the image, so half of the images stay whole
 
 IMAGE_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif")
+FRAME = ((1, 1), (1, 1), (0, 0))  # pixels around an image in a picture of many
 CIFAR10_NAME = "CIFAR-10"
 DEFAULT_FOLDER = "data"  # where CIFAR-10 is, or is downloaded to
 # The home page has served 55 to 85 kB/s since June 2026, so faster copies of the same file come first. The
@@ -355,9 +356,9 @@ def train_loader(split: Split, techniques: dict, batch_size: int, seed: int, wor
             loader._iterator._shutdown_workers()
 
 
-def plot_augmentations(images: np.ndarray, mean: list[float], name: str) -> Figure:
-    """A row for each of the images (N, 32, 32, 3), a column for each technique alone, two for all of them."""
-    techniques = augmentations(mean)
+def plot_augmentations(train: Split, techniques: dict[str, list]) -> Figure:
+    """A row for each of four images, a column for each technique alone, two for all of them together."""
+    images = train.images[stratified_order(train.labels, seed=0)[:4]]
     columns = {"original": images}
     for technique, transforms in techniques.items():
         title = f"{technique}\n{type(transforms[-1]).__name__}\np = {transforms[-1].p}"
@@ -369,10 +370,18 @@ def plot_augmentations(images: np.ndarray, mean: list[float], name: str) -> Figu
     together.set_random_state(np.random.default_rng(0), random.Random(0))
     for draw in (1, 2):
         columns[f"all together,\ndraw {draw}"] = [together(image=image)["image"] for image in images]
-    pictures = [column[row] for row in range(len(images)) for column in columns.values()]
-    titles = list(columns) + [""] * (len(pictures) - len(columns))  # above the first row
-    heading = f"Augmentation of {name}: each technique alone and always applied, then as in training"
-    return utils.plot_grid(pictures, titles, len(columns), heading)
+    framed = [[np.pad(image, FRAME, constant_values=255) for image in column] for column in columns.values()]
+    figure = Figure(figsize=(1.4 * len(columns), 6.4), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(np.concatenate([np.concatenate(column) for column in framed], 1), interpolation="nearest")
+    size = len(framed[0][0])  # pixels
+    axis.set_xticks([size * (i + 0.5) for i in range(len(columns))], list(columns), fontsize=9)
+    axis.tick_params(length=0, top=True, labeltop=True, labelbottom=False, labelleft=False)
+    axis.spines[:].set_visible(False)
+    axis.set_title(
+        f"Augmentation of {train.name}: each technique alone and always applied, then as in training"
+    )
+    return figure
 
 
 @utils.explained_errors()
@@ -381,9 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=DEFAULT_FOLDER, help="folder of CIFAR-10 or of images, or demo")
     train = load_split(parser.parse_args(argv).data, "train")
     mean, _ = channel_statistics(train.images)
-    chosen = train.images[stratified_order(train.labels, seed=0)[:4]]
     picture = Path("augmentations.png")
-    utils.save_figure(plot_augmentations(chosen, mean, train.name), picture)
+    utils.save_figure(plot_augmentations(train, augmentations(mean)), picture)
     print(f"Written: {picture}")
     utils.show(picture)
 

@@ -1,10 +1,14 @@
 """Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) of the network's errors on the test set.
 
-python gradcam.py --n 10                 the ten errors of which it was most confident
+python gradcam.py --n 10                 the ten errors of which it was most confident, and report.md
 python gradcam.py --n 20 --seed 1        twenty at random
+python gradcam.py --image cat.jpg        a picture of your own
 """
 
-import textwrap
+import csv
+import hashlib
+import itertools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,22 +19,39 @@ from torch.nn import functional as F
 
 import data
 import utils
-from model import STAGES, WIDTH, ResNet18
+from model import STAGES, WIDTH, ResNet18, summary
 from utils import Figure
 
 LAYERS = ("stem", *STAGES)
-COLOUR_MAP = "viridis"  # perceptually uniform: equal steps in value look equal, also in grey
-HEATMAP_OPACITY = 0.6
+# Measured by insertion and deletion (Petsiuk et al. 2018, see README): on images that the network gets right
+# layer4, the last convolution, finds most truly what it saw; on its errors layer3 is as true, and finer.
+RUN_FILES = ("augmentations.png", "curves.png", "confusion.png", "history.csv")  # beside the checkpoint
+LAYER, ERROR_LAYER = "layer4", "layer3"
+
+
+AUGMENTATIONS = {  # of data.augmentations: name, purpose
+    "crop": ("RandomCrop", "moves the object by a few pixels, so that its place is no clue"),
+    "flip": ("HorizontalFlip", "shows each object from its other side, too"),
+    "rotate": ("Rotate", "turns the image a little, as a camera is rarely level"),
+    "cutout": ("CutOut", "hides a square, so that the network must use more than one clue"),
+}
+HOW_TO_READ = """for what the network said and for what is true. The pinker a place, the more it speaks for
+the class; the line surrounds what is above half of the maximum. Each map has a scale of its own, so two of
+them do not tell which class had more evidence. A cell of a map has seen much of the image around it: a pink
+place beside the object may still speak of the object."""
+REFERENCES = """* K. He et al.: Deep Residual Learning, 2015, https://arxiv.org/abs/1512.03385
+* R. Selvaraju et al.: Grad-CAM, 2017, https://arxiv.org/abs/1610.02391
+* T. DeVries, G. Taylor: Cutout, 2017, https://arxiv.org/abs/1708.04552
+* PyTorch: https://pytorch.org, with ReduceLROnPlateau; albumentations: https://albumentations.ai"""
 
 
 class GradCAM(nn.Module):
     """Grad-CAM of a stage of a ResNet18: which places of an image speak for a class.
 
-    layer: a name in model.feature, else ValueError. layer4 is the last convolution, but on 32x32 images it
-    has only 4x4 cells; the default, layer3, has 8x8.
+    layer: a name in model.feature, else ValueError. Of 32x32 images layer4 has 4x4 cells, layer3 8x8.
     """
 
-    def __init__(self, model: ResNet18, layer: str = "layer3"):
+    def __init__(self, model: ResNet18, layer: str = LAYER):
         super().__init__()
         end = list(dict(model.feature.named_children())).index(layer) + 1
         self.features_conv = model.feature[:end]
@@ -100,6 +121,15 @@ def load_model(path: str | Path) -> tuple[ResNet18, dict]:
     return model.eval(), checkpoint
 
 
+def explain(model: ResNet18, layer: str, images: np.ndarray, labels: torch.Tensor, normalize) -> np.ndarray:
+    """Images (n, 32, 32, 3) uint8 and k classes for each (n, k) -> maps (n, k, 32, 32) in [0, 1]."""
+    device = next(model.parameters()).device
+    k = labels.shape[1]
+    repeated = normalize(torch.from_numpy(images).to(device)).repeat_interleave(k, 0)
+    maps = GradCAM(model, layer).heatmaps(repeated, labels.flatten().to(device))
+    return maps.unflatten(0, (-1, k)).cpu().numpy()
+
+
 class Mistake(NamedTuple):
     """A misclassified test image (32, 32, 3) uint8."""
 
@@ -108,6 +138,10 @@ class Mistake(NamedTuple):
     true: str
     predicted: str
     confidence: float
+
+    @property
+    def said(self) -> str:
+        return f"said {self.predicted}, {self.confidence:.0%}"
 
 
 def choose_errors(logits: torch.Tensor, labels: torch.Tensor, n: int, seed: int | None) -> torch.Tensor:
@@ -124,39 +158,170 @@ def choose_errors(logits: torch.Tensor, labels: torch.Tensor, n: int, seed: int 
     return errors[order[:n]]
 
 
-def plot_heatmaps(mistakes: list[Mistake], maps: np.ndarray, heading: str) -> Figure:
-    """Each image beside its maps (n, 2, 32, 32) in [0, 1], for the predicted and for the true class."""
-    groups = 1 if len(mistakes) == 1 else 2 if len(mistakes) <= 10 else 3  # images side by side
-    rows = -(-len(mistakes) // groups)
-    figure = Figure(figsize=(4.4 * groups + 0.9, 1.95 * rows + 0.9), layout="constrained")
-    figure.suptitle(textwrap.fill(heading, int(11 * figure.get_figwidth())))
-    # A group is the image, its two maps and a narrow gap.
-    grid = figure.subplots(rows, 4 * groups, squeeze=False, width_ratios=[1, 1, 1, 0.1] * groups)
-    for axis in grid.flat:
-        axis.axis("off")
-    for i, m in enumerate(mistakes):
-        axes = grid[i // groups, 4 * (i % groups) :]
-        axes[0].imshow(m.image)
-        axes[1].set_title(f"true: {m.true}, predicted: {m.predicted} ({m.confidence:.0%})", fontsize=10)
-        for axis, heatmap, name in zip(axes[1:3], maps[i], (m.predicted, m.true), strict=True):
-            axis.imshow(m.image.mean(2), cmap="gray", vmin=0, vmax=255)
-            shown = axis.imshow(heatmap, cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=HEATMAP_OPACITY)
-            text = f"for {name}" if heatmap.any() else f"for {name}:\nno positive evidence"
-            axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
-    figure.colorbar(shown, ax=grid, label="share of the map's maximum", shrink=min(1, 3 / rows))
-    return figure
+def plot_heatmaps(images: list, maps: np.ndarray, titles: list[tuple], heading: str) -> Figure:
+    """Tiles for each of n images: as it is, then under its maps (n, k, 32, 32); and 1 + k titles for each."""
+    k = maps.shape[1]
+    tiles = [image for image in images for _ in range(1 + k)]
+    over_tiles = [heatmap for of_image in maps for heatmap in (None, *of_image)]
+    texts = [title for of_image in titles for title in of_image]
+    heading += (
+        "\nThe pinker a place, the more it speaks for the class; the line surrounds what is above half."
+    )
+    return utils.plot_grid(tiles, texts, (1 + k) * min(2, len(images)), heading, over_tiles)
+
+
+def explain_pictures(paths: list[str], model, checkpoint: dict, layer: str, normalize, precision) -> Figure:
+    """Prints the most likely classes of a user's own pictures, explains the first two. Raises RunError."""
+    images = np.stack([data.read_image(path) for path in paths])  # as the network sees them: 32x32
+    split = data.Split(images, np.zeros(len(paths), int), checkpoint["classes"], "own pictures")
+    logits, _ = utils.predict(model, split, normalize, precision)
+    probabilities, labels = logits.softmax(1).topk(min(3, model.classes))
+    titles = []
+    for path, row, of_row in zip(paths, probabilities.tolist(), labels.tolist(), strict=True):
+        pairs = zip(row, of_row, strict=True)
+        named = [f"{checkpoint['classes'][label]}, {share:.0%}" for share, label in pairs]
+        print(f"{path}: {'; '.join(named)}")
+        titles.append((Path(path).name, *named[:2]))
+    maps = explain(model, layer, images, labels[:, :2], normalize)
+    return plot_heatmaps(list(images), maps, titles, f"Grad-CAM ({layer}) of own pictures, {model.name}")
+
+
+def escape(text: str) -> str:
+    """Markdown that shows the text as it is, whatever the name of a class holds."""
+    return re.sub(r"([\\`*_\[\]<>|$~&#])", r"\\\1", str(text))
+
+
+def table(*rows: tuple) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = [f"| {' | '.join(escape(cell) for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def make_report(run: dict, history: list[dict], commands: str, mistakes: list, share: str, layer: str) -> str:
+    """The write-up as Markdown, from a checkpoint and the rows of history.csv, all of them strings.
+
+    It states nothing that the run has not left: without a test, say, the figures of the test are missing.
+    """
+    settings, classes, plateau = run["settings"], run["classes"], run["plateau"]
+    tested = "test_accuracy" in run
+    model = ResNet18(len(classes), settings["norm"], settings["width"]).eval()
+    highlights, graphs, confusions, images = [("", "this run")], [], [], []
+    if tested:
+        highlights += [
+            ("test accuracy (read once)", f"{run['test_accuracy']:.2%}"),
+            ("averaged with the mirrored image", f"{run['mirrored_accuracy']:.2%}"),
+            ("training time", utils.clock(run["training_seconds"])),
+        ]
+        class_accuracy = [f"{accuracy:.2%}" for accuracy in run["class_accuracy"]]
+        graphs = [table(("class", "test accuracy"), *zip(classes, class_accuracy, strict=True))]
+        confusion = torch.tensor(run["confusion"])
+        errors = confusion.clone().fill_diagonal_(0)
+        for i in errors.flatten().argsort(descending=True, stable=True)[:5].tolist():
+            true, said = i // len(classes), i % len(classes)
+            if errors[true, said]:
+                of_class = (
+                    f"{errors[true, said]} of {confusion[true].sum():,} images of {escape(classes[true])}"
+                )
+                confusions.append(f"* {of_class} were taken for {escape(classes[said])}.")
+    highlights += [
+        ("validation accuracy", f"{run['val_accuracy']:.2%} in epoch {run['epoch']}, whose weights are kept"),
+        *([("epochs", f"{len(history)} of {settings['epochs']}")] if history else []),
+        *((name, run[name]) for name in ("images", "hardware", "parameters", "versions")),
+        ("seed", settings["seed"]),
+    ]
+    mean, std = (" ".join(f"{value:.4f}" for value in run[name]) for name in ("mean", "std"))
+    limits = [f"{name} {plateau[name]:g}" for name in ("factor", "patience", "threshold")]
+    techniques = [
+        ("technique", "what it does", "in this run"),
+        *((*AUGMENTATIONS[name], transforms) for name, transforms in run["augmentation"].items()),
+        ("normalisation", "gives each channel mean 0 and deviation 1", f"mean {mean}, deviation {std}"),
+        ("label smoothing", "asks for less than full certainty", f"share {settings['label_smoothing']:g}"),
+        ("SGD", "steps against the gradient of a batch, with momentum", run["optimizer"]),
+        ("averaging", "validates, tests and keeps an average of the weights", run["average"]),
+        ("ReduceLROnPlateau", "cuts the rate when the validation loss stops falling", ", ".join(limits)),
+        ("Grad-CAM", "shows which places of an image speak for a class", layer),
+    ]
+    log = [("epoch", "learning rate", "training loss", "accuracy", "validation loss", "accuracy", "time")]
+    for row in history:
+        loss, accuracy, val_loss, val_accuracy = (
+            float(row[f"{part}_{name}"]) for part in ("train", "val") for name in ("loss", "accuracy")
+        )
+        rates = (
+            f"{float(row['lr']):.3g}",
+            f"{loss:.4f}",
+            f"{accuracy:.2%}",
+            f"{val_loss:.4f}",
+            f"{val_accuracy:.2%}",
+        )
+        log.append((row["epoch"], *rates, utils.clock(float(row["seconds"]))))
+    if mistakes:
+        rows = [(m.index, m.true, m.predicted, f"{m.confidence:.1%}") for m in mistakes]
+        images = [
+            table(("test image", "true class", "predicted class", "confidence"), *rows),
+            "![Misclassified test images](misclassified.png)",
+            f"Where did the network look? Grad-CAM of {layer}, {HOW_TO_READ}",
+            "![The same images under their heatmaps](gradcam.png)",
+        ]
+    counted = int(share.split()[0].replace(",", ""))
+    if tested and counted != confusion.sum() - confusion.trace():
+        share += "; counted anew, on another device than in training, where a few may fall the other way"
+    page = [
+        f"# {escape(run['title'])}",
+        "## Highlights",
+        table(*highlights),
+        f"```\n{commands}\n```",
+        "## About the model",
+        f"{model.name} (He et al. 2015), with {settings['norm']} normalisation, has eight residual blocks in "
+        "four stages. Each block is two 3x3 convolutions that learn what must be added to their input. A "
+        f"linear layer scores the {len(classes)} classes by the averages of the last activations.",
+        f"```\n{summary(model)}\n```",
+        "## Techniques used",
+        table(*techniques),
+        "![What the augmentations do to images of this run](augmentations.png)",
+        "## Graphs",
+        "![Loss, accuracy and learning rate](curves.png)",
+        "![Confusion matrix of the test set](confusion.png)",
+        *graphs,
+        "\n".join(confusions),
+        *(("## Training log", table(*log)) if history else ()),
+        "## Images",
+        f"{share}.",
+        *images,
+        "## References",
+        REFERENCES,
+    ]
+    return "\n\n".join(part for part in page if part) + "\n"
+
+
+def seal(content: bytes) -> bytes:
+    """A line, invisible when rendered, by which a report is known that nobody has edited."""
+    return f"<!-- by gradcam.py; SHA-256 of what follows: {hashlib.sha256(content).hexdigest()} -->".encode()
+
+
+def write_report(text: str, output: Path) -> Path:
+    """Write report.md; where one stands that was edited, report-2.md, and so on. Raises RunError."""
+    text = re.sub(r"!\[.*\]\((.*)\)\n\n", lambda link: link[0] if (output / link[1]).exists() else "", text)
+    path = output / "report.md"
+    for number in itertools.count(2):
+        first_line, _, rest = path.read_bytes().partition(b"\n") if path.exists() else (seal(b""), b"", b"")
+        if first_line == seal(rest):
+            break
+        path = output / f"report-{number}.md"
+    utils.write(path, seal(text.encode()) + b"\n" + text.encode())
+    return path
 
 
 def get_parser() -> utils.Parser:
     parser = utils.Parser("Show why the network errs.")
     add = parser.add_argument
     add("--n", type=utils.number(int, 1, 100), default=10, help="misclassified images to show")
+    add("--image", nargs="+", help="explain these files instead")
     add("--checkpoint", type=Path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), help="pick at random, else the most confident errors")
-    add("--layer", choices=LAYERS, default="layer3", help="stage of the network to explain")
+    add("--layer", choices=LAYERS, help=f"stage to explain, else {ERROR_LAYER}; for --image {LAYER}")
     add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     add("--data", help="folder of the images, or demo, else as in training")
-    add("--output", type=Path, help="folder for the pictures, else that of the checkpoint")
+    add("--output", type=Path, help="folder for what is written, else that of the checkpoint")
     return parser
 
 
@@ -164,23 +329,29 @@ def get_parser() -> utils.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     device = utils.choose_device(args.device)
+    precision = utils.choose_precision("auto", device)
     model, checkpoint = load_model(args.checkpoint)
     model.to(device, memory_format=utils.memory_format(device))
     normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
+    output = args.output or args.checkpoint.parent
+    if args.image:
+        figure = explain_pictures(args.image, model, checkpoint, args.layer or LAYER, normalize, precision)
+        output.mkdir(parents=True, exist_ok=True)
+        utils.save_figure(figure, output / "own.png")
+        print(f"Written to {output}: own.png")
+        return utils.show(output / "own.png")
+
     root = args.data or checkpoint["settings"]["data"]
-    test = data.load_split(root, "test")
-    classes = checkpoint["classes"]
+    test, classes = data.load_split(root, "test"), checkpoint["classes"]
     if test.classes != classes:
         raise utils.RunError(f"{root} has not the classes {', '.join(classes)}: name another with --data")
 
     # Which errors?
-    logits, labels = utils.predict(model, test, normalize, utils.choose_precision("auto", device))
+    logits, labels = utils.predict(model, test, normalize, precision)
     errors = int((logits.argmax(1) != labels).sum())
     share = f"{errors:,} of {len(labels):,} test images are misclassified ({errors / len(labels):.2%})"
     print(f"{test.name}: {share}")
-    if errors == 0:
-        return print("There is nothing to show.")
-    if errors < args.n:
+    if 0 < errors < args.n:
         print(f"Only {errors} of the {args.n} that --n asks for.")
     chosen = choose_errors(logits, labels, args.n, args.seed)
     confidence, predicted = logits[chosen].softmax(1).max(1)
@@ -188,27 +359,39 @@ def main(argv: list[str] | None = None) -> None:
         Mistake(i, test.images[i], classes[test.labels[i]], classes[p], c)
         for i, p, c in zip(chosen.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
     ]
-    print("test index  true        predicted   confidence")
+    width = 2 + max(10, *map(len, classes))
     for m in mistakes:
-        names = utils.pad(m.true, 12) + utils.pad(m.predicted, 12)
-        print(f"{m.index:10}  {names}{m.confidence:10.1%}")
+        if m is mistakes[0]:
+            print(f"test index  {'true':{width}}{'predicted':{width}}confidence")
+        print(f"{m.index:10}  {utils.pad(m.true, width)}{utils.pad(m.predicted, width)}{m.confidence:10.1%}")
 
     # Why? Each image twice: for the predicted class and for the true one.
-    images = normalize(torch.from_numpy(np.stack([m.image for m in mistakes])).to(device))
-    pairs = torch.stack([predicted, labels[chosen]], 1).flatten().to(device)
-    maps = GradCAM(model, args.layer).heatmaps(images.repeat_interleave(2, 0), pairs)
-    maps = maps.unflatten(0, (-1, 2)).cpu().numpy()  # (n, 2, 32, 32)
-
+    output.mkdir(parents=True, exist_ok=True)
     order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
     heading = f"misclassified test images of {test.name}, {model.name}, {order}"
-    titles = [f"true: {m.true}\npredicted: {m.predicted}\n({m.confidence:.0%})" for m in mistakes]
-    grid = utils.plot_grid([m.image for m in mistakes], titles, min(5, len(mistakes)), f"M{heading[1:]}")
-    output = args.output or args.checkpoint.parent
-    output.mkdir(parents=True, exist_ok=True)
-    utils.save_figure(grid, output / "misclassified.png")
-    figure = plot_heatmaps(mistakes, maps, f"Grad-CAM ({args.layer}) of {heading}")
-    utils.save_figure(figure, output / "gradcam.png")
-    print(f"Written to {output}: misclassified.png, gradcam.png")
+    layer = args.layer or ERROR_LAYER
+    if mistakes:
+        images = [m.image for m in mistakes]
+        titles = [f"{m.said}\nis {m.true}" for m in mistakes]
+        grid = utils.plot_grid(images, titles, min(5, len(mistakes)), f"M{heading[1:]}")
+        utils.save_figure(grid, output / "misclassified.png")
+        maps = explain(model, layer, np.stack(images), torch.stack([predicted, labels[chosen]], 1), normalize)
+        titles = [(f"test image {m.index}", m.said, f"is {m.true}") for m in mistakes]
+        figure = plot_heatmaps(images, maps, titles, f"Grad-CAM ({layer}) of {heading}")
+        utils.save_figure(figure, output / "gradcam.png")
+    run = args.checkpoint.parent
+    for name in RUN_FILES:
+        if output != run and (run / name).exists():
+            utils.write(output / name, (run / name).read_bytes())
+    rows = (run / "history.csv").read_text().splitlines() if (run / "history.csv").exists() else []
+    history = list(csv.DictReader(rows))
+    flags = {"n": args.n, "seed": args.seed, "layer": args.layer}
+    again = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
+    commands = f"{checkpoint['command']}\npython gradcam.py{again}"
+    if not mistakes:
+        print("There is nothing to show.")
+    report = write_report(make_report(checkpoint, history, commands, mistakes, share, layer), output)
+    print(f"Written to {output}: {'misclassified.png, gradcam.png, ' if mistakes else ''}{report.name}")
     utils.show(output / "misclassified.png", output / "gradcam.png")
 
 

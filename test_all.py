@@ -1,4 +1,4 @@
-"""Tests of every promise; no network, under two minutes on two cores.
+"""Tests of every promise; no network, about two minutes on two cores.
 
 python -m pytest -q test_all.py
 """
@@ -10,9 +10,11 @@ import gc
 import hashlib
 import http.server
 import io
+import itertools
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -32,6 +34,7 @@ import pytest
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
@@ -789,7 +792,9 @@ def test_awkward_class_names_are_drawn_as_written_and_tables_stay_aligned(tmp_pa
     with utils.explained_errors():
         for _ in range(2):
             train.print_result(result, tmp_path)
-        heatmaps = gradcam.plot_heatmaps(mistakes(1, AWKWARD[3]), np.zeros((1, 2, 32, 32)), "heading")
+        heatmaps = gradcam.plot_heatmaps(
+            [np.zeros((32, 32, 3))], np.zeros((1, 1, 32, 32)), [AWKWARD[3:]], "t"
+        )
         utils.save_figure(heatmaps, tmp_path / "heatmaps.png")
     out = capsys.readouterr().out
     assert out.count("boxes in place of") == 1 and "in place of 犬 猫, which the font" in out
@@ -892,7 +897,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cores), float32" in log
     assert "ResNet18 of width 8 on" in log and "No GPU" not in log and f"--resume --output {finished}" in log
     assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
-    assert "\r" not in log and re.search(r"left\n +1/2 .* 0:00:0\d   0:00:0\d ", log)
+    assert "\r" not in log and re.search(r"left\n +1/2 .* 0:00:\d\d   0:00:\d\d ", log)
     with open(finished / "history.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -908,7 +913,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert checkpoint["val_accuracy"] == float(best["val_accuracy"])
     assert checkpoint["training_seconds"] == sum(float(row["seconds"]) for row in rows)
     assert checkpoint["settings"]["label_smoothing"] == 0.1 and "width 8" in checkpoint["title"]
-    assert checkpoint["plateau"]["threshold"] == 0.01 and "RandomCrop(" in checkpoint["augmentation"]
+    assert checkpoint["plateau"]["threshold"] == 0.01 and "RandomCrop(" in checkpoint["augmentation"]["crop"]
     assert f"torch {torch.__version__.partition('+')[0]}," in checkpoint["versions"]
 
 
@@ -988,10 +993,9 @@ def test_a_run_killed_between_two_writes_goes_on_as_if_it_had_not_been(write, fi
 
 
 @needs_signals
-@pytest.mark.parametrize("line", ["left", "1/2"])
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(line, finished, images, tmp_path):
-    process = start_until(line, TRAIN, "--data", images, "--output", tmp_path, *TINY)
-    time.sleep(np.random.default_rng().uniform(0, 0.5))
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(finished, images, tmp_path):
+    process = start_until("left", TRAIN, "--data", images, "--output", tmp_path, *TINY)
+    time.sleep(np.random.default_rng().uniform(0, 1))
     process.kill()
     process.communicate()
     succeed(train, "--output", tmp_path, "--resume")
@@ -1076,7 +1080,10 @@ def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp
     model, checkpoint = gradcam.load_model(tmp_path / "checkpoint.pt")
     assert model.name == "ResNet18 of width 8" and model.feature.stem[0].out_channels == 8
     assert "width 8" in checkpoint["title"] and "without crop and cutout" in checkpoint["title"]
-    assert "RandomCrop" not in checkpoint["augmentation"] and "Rotate" in checkpoint["augmentation"]
+    assert list(checkpoint["augmentation"]) == ["flip", "rotate"]
+    assert checkpoint["command"].endswith(
+        "--without crop cutout --width 8 --workers 0 --device cpu --precision fp32"
+    )
     checkpoint["settings"]["width"] = 64
     train.print_header(checkpoint, tmp_path, CPU)
     assert "No GPU is in use" in capsys.readouterr().out
@@ -1127,7 +1134,7 @@ def test_the_rate_warms_up_then_stays():
 def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
     done = call(train, "--data", images, "--output", tmp_path, *TINY, "--lr", 1e6)
     assert_one_line_error(done, 1, "no longer a finite number", "--lr")
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "augmentations.png"}
 
 
 def test_the_weights_kept_are_the_average_of_those_after_each_step(images):
@@ -1376,8 +1383,11 @@ def test_a_map_without_positive_evidence_is_zero_and_not_nan(network):
         maps = cam.heatmaps(torch.randn(2, 3, 32, 32), torch.tensor([5, 5]))
         weights[5] = kept
     assert torch.equal(maps, torch.zeros(2, 32, 32))
-    figure = gradcam.plot_heatmaps(mistakes(1), maps.numpy()[None], "heading")
-    assert "no positive evidence" in [t for axis in figure.axes for t in axis.texts][0].get_text()
+    figure = gradcam.plot_heatmaps([mistakes(1)[0].image], maps.numpy()[None], [("1", "2", "3")], "heading")
+    assert [axis.get_title() for axis in figure.axes] == [
+        "1",
+        *(f"{n}\n(nothing speaks for it)" for n in (2, 3)),
+    ]
 
 
 def test_the_interface_of_the_course(network):
@@ -1415,16 +1425,18 @@ def test_gradcam_draws_the_errors_there_are_and_no_empty_grid(finished, images, 
     assert succeed(gradcam, "--n", 1, "--checkpoint", file, "--output", output).count("99.3%") == 1
     for picture in (*tmp_path.glob("*.png"), *output.glob("*.png")):
         assert np.asarray(Image.open(picture)).std() > 5
-    assert {path.name for path in output.iterdir()} == set(train.GRADCAM_FILES)
+    assert {path.name for path in output.iterdir()} == {"misclassified.png", "gradcam.png", "report.md"}
     shutil.copytree(images, tmp_path / "data")
     shutil.rmtree(tmp_path / "data/test/dog")
     wrong = call(gradcam, "--checkpoint", file, "--data", tmp_path / "data")
     assert_one_line_error(wrong, 1, "cat, dog", "--data")
     checkpoint["model"]["classifier.2.bias"] = torch.tensor([5.0])
     checkpoint["model"]["classifier.2.weight"] = checkpoint["model"]["classifier.2.weight"][:1]
-    utils.save_checkpoint({**checkpoint, "classes": ["cat"]}, file)
+    checkpoint |= {"classes": ["cat"], "class_accuracy": [1.0], "confusion": [[8]]}
+    utils.save_checkpoint(checkpoint, file)
     flags = ("--checkpoint", file, "--data", tmp_path / "data", "--output", tmp_path / "none")
-    assert "nothing to show" in succeed(gradcam, *flags) and not (tmp_path / "none").exists()
+    assert "nothing to show" in succeed(gradcam, *flags)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["report.md"]
 
 
 def test_gradcam_finds_the_images_from_any_folder_or_asks_for_them(images, tmp_path, monkeypatch):
@@ -1442,12 +1454,157 @@ def test_gradcam_finds_the_images_from_any_folder_or_asks_for_them(images, tmp_p
 
 
 def test_the_example_of_the_readme_runs(finished, images, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(import matplotlib.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(import torch.*?)```", (HERE / "README.md").read_text(), re.S)[1]
     monkeypatch.chdir(tmp_path)
     shutil.copy(images / "test/cat/0.png", "photo.jpg")
-    code = code.replace("outputs/checkpoint.pt", str(finished / "checkpoint.pt"))
-    exec(code, {})
-    assert np.asarray(Image.open("heatmap.png")).std() > 5
+    names = {}
+    exec(code.replace("outputs/checkpoint.pt", str(finished / "checkpoint.pt")), names)
+    assert names["heatmap"].shape == (32, 32) and 0.5 < names["heatmap"].max() <= 1
+
+
+def test_own_pictures_are_explained_as_the_network_saw_them(finished, images, tmp_path):
+    picture = Image.open(images / "test/dog/1.png")
+    picture.resize((640, 400)).save(tmp_path / "my dog.jpg")
+    figures, plot_grid = [], utils.plot_grid
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "plot_grid", lambda *rest: figures.append(rest) or plot_grid(*rest))
+        flags = ("--checkpoint", finished / "checkpoint.pt", "--output", tmp_path)
+        log = succeed(gradcam, *flags, "--image", tmp_path / "my dog.jpg", images / "test/cat/0.png")
+    (tiles, titles, _, heading, heats), seen = figures[0], data.read_image(tmp_path / "my dog.jpg")
+    assert all((tile == seen).all() for tile in tiles[:3]) and len(tiles) == 6 and "layer4" in heading
+    model, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
+    image = data.Normalize(checkpoint["mean"], checkpoint["std"])(torch.from_numpy(seen[None]))
+    probabilities, labels = model(image).softmax(1).topk(2)
+    said = [
+        f"{checkpoint['classes'][i]}, {p:.0%}" for p, i in zip(*(probabilities[0], labels[0]), strict=True)
+    ]
+    assert titles[:3] == ["my dog.jpg", *said] and f"my dog.jpg: {said[0]}; {said[1]}\n" in log
+    expected = gradcam.GradCAM(model).heatmaps(image.repeat(2, 1, 1, 1), labels[0])  # of layer4
+    np.testing.assert_allclose(np.stack(heats[1:3]), expected.numpy(), atol=0.05)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my dog.jpg", "own.png"]
+    assert_one_line_error(
+        call(gradcam, *flags, "--image", "none.jpg"), 1, "none.jpg cannot be read: No such file"
+    )
+
+
+def tables(report: str) -> dict[str, list[list[str]]]:
+    """The rows of the first table under each heading, as a reader sees them."""
+    found = {}
+    for section in report.split("\n## ")[1:]:
+        heading, _, body = section.partition("\n")
+        rows = re.findall(r"^\| (.*) \|$", body, re.M)
+        cells = [re.split(r"(?<!\\) \| ", row) for row in rows]
+        found[heading] = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells if row[0] != "---"]
+    return found
+
+
+AWKWARD_NAMES = ["*d* <b>&amp; $1$", "a|b _c_"]
+
+
+@pytest.fixture(scope="module")
+def reported(images, tmp_path_factory) -> tuple[Path, str]:
+    """A run with awkward class names whose network takes all for the first class, and its report."""
+    folder = shutil.copytree(images, tmp_path_factory.mktemp("reported") / "names")
+    for split, (old, new) in itertools.product(
+        ("train", "test"), zip(("cat", "dog"), AWKWARD_NAMES, strict=True)
+    ):
+        (folder / split / old).rename(folder / split / new)
+    run = folder.parent / "my run"
+    succeed(train, "--data", folder, "--output", run, *TINY, "--without", "flip", "--epochs", 3)
+    log = succeed(gradcam, "--checkpoint", run / "checkpoint.pt", "--n", 9, "--seed", 5)
+    assert "report.md" in log
+    return run, log
+
+
+def test_the_report_says_what_the_run_left_and_nothing_else(reported):
+    run, log = reported
+    report = (run / "report.md").read_text()
+    c = utils.load_checkpoint(run / "checkpoint.pt")
+    rows = list(csv.DictReader((run / "history.csv").read_text().splitlines()))
+    found = tables(report)
+    assert list(found) == [
+        *(
+            "Highlights",
+            "About the model",
+            "Techniques used",
+            "Graphs",
+            "Training log",
+            "Images",
+            "References",
+        )
+    ]
+    model, test = gradcam.load_model(run / "checkpoint.pt")[0], data.load_split(c["settings"]["data"], "test")
+    logits, labels = utils.predict(model, test, data.Normalize(c["mean"], c["std"]), torch.float32)
+    predicted, best = logits.argmax(1), max(float(row["val_accuracy"]) for row in rows)
+    assert dict(found["Highlights"][1:]) == {
+        "test accuracy (read once)": f"{(predicted == labels).float().mean():.2%}",
+        "averaged with the mirrored image": f"{c['mirrored_accuracy']:.2%}",
+        "training time": utils.clock(sum(float(row["seconds"]) for row in rows)),
+        "validation accuracy": f"{best:.2%} in epoch {c['epoch']}, whose weights are kept",
+        "epochs": "3 of 3",
+        "images": "14 training, 2 validation, 16 test images in 2 classes",
+        "hardware": c["hardware"],
+        "parameters": f"{count_parameters(model):,}",
+        "versions": c["versions"],
+        "seed": "0",
+    }
+    again = re.search(r"```\n(python train.py .*)\n(python gradcam.py .*)\n```", report)
+    args = train.get_parser().parse_args(shlex.split(again[1])[2:])
+    settings = {name: value for name, value in vars(args).items() if name not in train.NOT_SETTINGS}
+    assert settings == c["settings"] and again[2] == "python gradcam.py --n 9 --seed 5"
+    assert model_script.summary(model) in report
+    techniques = {row[0]: row[2] for row in found["Techniques used"][1:]}
+    transforms = data.augmentations(c["mean"])
+    assert "HorizontalFlip" not in techniques and techniques["CutOut"] == repr(transforms["cutout"][0])
+    assert techniques["RandomCrop"] == ", ".join(map(repr, transforms["crop"]))
+    assert techniques["ReduceLROnPlateau"] == "factor 0.3, patience 1, threshold 0.01"
+    assert "4 images a step" in techniques["SGD"] and "1 - 1/4" in techniques["averaging"]
+    accuracies = [f"{(predicted == labels)[labels == i].float().mean():.2%}" for i in (0, 1)]
+    assert found["Graphs"][1:] == [list(pair) for pair in zip(AWKWARD_NAMES, accuracies, strict=True)]
+    for true, said in ((0, 1), (1, 0)):
+        count = int(((labels == true) & (predicted == said)).sum())
+        names = [gradcam.escape(AWKWARD_NAMES[i]) for i in (true, said)]
+        assert (f"* {count} of 8 images of {names[0]} were taken for {names[1]}." in report) == (count > 0)
+    for shown, row in zip(found["Training log"][1:], rows, strict=True):
+        values = {name: float(value) for name, value in row.items()}
+        assert shown[:2] == [row["epoch"], f"{values['lr']:.3g}"]
+        assert shown[2:4] == [f"{values['train_loss']:.4f}", f"{values['train_accuracy']:.2%}"]
+        assert shown[4:] == [
+            *(f"{values['val_loss']:.4f}", f"{values['val_accuracy']:.2%}", utils.clock(values["seconds"]))
+        ]
+    assert f"{(predicted != labels).sum()} of 16 test images are misclassified" in report
+    errors = [
+        re.split(r"  +", line.strip()) for line in log.splitlines() if line.endswith("%") and "  " in line
+    ]
+    assert found["Images"][1:] == errors and len(errors) == min(9, (predicted != labels).sum())
+    links = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert len(links) == 5 and all((run / link).exists() for link in links)
+
+
+def test_an_edited_report_is_kept_and_ours_is_replaced(reported, tmp_path):
+    flags = ("--checkpoint", reported[0] / "checkpoint.pt", "--output", tmp_path, "--n")
+    succeed(gradcam, *flags, 1)
+    ours = (tmp_path / "report.md").read_text()
+    for name in ("curves.png", "confusion.png", "augmentations.png", "history.csv"):
+        assert (tmp_path / name).read_bytes() == (reported[0] / name).read_bytes()
+    assert "report.md" in succeed(gradcam, *flags, 2) and (tmp_path / "report.md").read_text() != ours
+    (tmp_path / "report.md").write_text(ours + "My own words.")
+    assert "report-2.md" in succeed(gradcam, *flags, 1) and (tmp_path / "report-2.md").read_text() == ours
+    assert (tmp_path / "report.md").read_text() == ours + "My own words."
+    (tmp_path / "report-2.md").write_bytes(b"\xff\xfe")
+    assert "report-3.md" in succeed(gradcam, *flags, 1) and len(list(tmp_path.glob("report*"))) == 3
+
+
+def test_a_report_leaves_out_what_the_run_has_not(reported, tmp_path):
+    c = utils.load_checkpoint(reported[0] / "checkpoint.pt")
+    for key in ("test_accuracy", "mirrored_accuracy", "class_accuracy", "confusion", "training_seconds"):
+        del c[key]  # as of a run that has not ended
+    utils.save_checkpoint(c, tmp_path / "checkpoint.pt")
+    shutil.copy(reported[0] / "history.csv", tmp_path)
+    succeed(gradcam, "--checkpoint", tmp_path / "checkpoint.pt")
+    report = (tmp_path / "report.md").read_text()
+    assert not tables(report)["Graphs"] and "test accuracy" not in report and "training time" not in report
+    assert re.findall(r"!\[.*?\]\((.*?)\)", report) == ["misclassified.png", "gradcam.png"]
 
 
 def save_and_check_margins(figure, path: Path) -> None:
@@ -1466,7 +1623,7 @@ def test_plots_show_what_they_say(tmp_path):
     assert "best: epoch 2, 60.00%" in labels and "cut by the plateau" in labels
     assert figure.axes[2].get_yscale() == "log"
     save_and_check_margins(figure, tmp_path / "curves.png")
-    for rates in ([0.1], [0.1, 0.1], [0.008, 0.015, 0.023, 0.038], [0.1, 0.03, 0.0081, 1e-4], [100, 30]):
+    for rates in ([0.1], [0.008, 0.015, 0.023, 0.038], [0.1, 0.03, 0.0081, 1e-4], [100, 30]):
         rows = [{**history[0], "epoch": i + 1, "lr": lr} for i, lr in enumerate(rates)]
         figure = utils.plot_curves(rows, "title of the run")
         save_and_check_margins(figure, tmp_path / "curves.png")
@@ -1480,32 +1637,62 @@ def test_plots_show_what_they_say(tmp_path):
     figure = utils.plot_confusion({"confusion": [[3, 1], [0, 4]], "classes": ["cat", "dog"]}, "t")
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat  75.0%", "dog  100.0%"]
     assert [t.get_text() for t in figure.axes[0].texts] == ["3", "1", "4"]
-    for names in (["cat", "dog"], [f"a class with a long name {i}" for i in range(10)]):
+    for names in (
+        ["cat", "dog"],
+        [f"a class with a long name {i}" for i in range(10)],
+        [f"c{i}" for i in range(100)],
+    ):
         counts = torch.eye(len(names), dtype=torch.int64).tolist()
         figure = utils.plot_confusion({"confusion": counts, "classes": names}, "t")
+        assert len(figure.axes[0].texts) == (0 if len(names) == 100 else len(names))
         save_and_check_margins(figure, tmp_path / "confusion.png")
-    figure = data.plot_augmentations(random_split(2).images, MEAN, "name of the data")
-    assert "name of the data" in figure.get_suptitle()
-    titles = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_title()]
-    assert titles == ["original", *data.augmentations(MEAN), "all together,", "all together,"]
+    history = [{**history[0], "epoch": epoch, "lr": 0.1 * 0.9**epoch} for epoch in range(1, 61)]
+    for epochs in (2, 60):
+        assert_texts_have_room(utils.plot_curves(history[:epochs], "title of the run"))
+    for without in ([], ["crop"]):
+        techniques = data.augmentations(MEAN, without)
+        figure = data.plot_augmentations(random_split(9), techniques)
+        (axis,) = figure.axes
+        assert "random" in axis.get_title()
+        assert axis.images[0].get_array().shape == (4 * 34, (3 + len(techniques)) * 34, 3)
+        titles = [label.get_text().split("\n")[0] for label in axis.get_xticklabels()]
+        assert titles == ["original", *techniques, "all together,", "all together,"]
+        assert_texts_have_room(figure)
     save_and_check_margins(figure, tmp_path / "augmentations.png")
 
 
-@pytest.mark.parametrize("n", [1, 10, 20, 25])
-def test_grids_show_every_image_once_and_titles_do_not_touch(n):
-    errors, maps = mistakes(n, "automobile"), np.ones((n, 2, 32, 32), np.float32)
-    titles = ["true: automobile\npredicted: automobile\n(100%)"] * n
-    grid = utils.plot_grid([error.image for error in errors], titles, min(5, n), "heading")
-    for figure in (grid, gradcam.plot_heatmaps(errors, maps, "heading")):
-        shown = [axis.images[0].get_array() for axis in figure.axes if len(axis.images) == 1]
-        pictures = [picture for picture in shown if picture.ndim == 3]
-        assert len(pictures) == n
-        assert all((a == b.image).all() for a, b in zip(pictures, errors, strict=True))
-        figure.draw_without_rendering()  # only now has each text its place
-        texts = [text for axis in figure.axes for text in (axis.title, *axis.texts) if text.get_text()]
-        boxes = [text.get_window_extent() for text in texts]
-        assert sum("predicted: automobile" in text.get_text() for text in texts) == n
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+def assert_texts_have_room(figure) -> None:
+    """No text leaves the page, and none lies over another."""
+    texts, draw = [], Text.draw
+    figure.draw_without_rendering()  # as when it is saved, the layout settles in the second drawing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", lambda text, renderer: texts.append(text) or draw(text, renderer))
+        figure.draw_without_rendering()
+    texts = [text for text in texts if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in texts]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, texts[i]
+        for k in range(i):
+            assert not box.overlaps(boxes[k]), (texts[i], texts[k])
+
+
+LONG, WIDE = "a class with a name of forty characters,", "A CLASS WITH A NAME OF FORTY CAPITALS, W"
+
+
+@pytest.mark.parametrize("n, name", [(1, "x"), (1, WIDE), (3, LONG), (10, WIDE), (25, LONG)])
+def test_pages_show_every_image_once_and_texts_have_room(n, name):
+    errors, maps = mistakes(n, name), np.ones((n, 2, 32, 32), np.float32)
+    images = [error.image for error in errors]
+    grid = utils.plot_grid(images, [f"{m.said}\nis {m.true}" for m in errors], min(5, n), "heading")
+    titles = [(f"test image {m.index}", m.said, f"is {m.true}") for m in errors]
+    for figure, times in ((grid, 1), (gradcam.plot_heatmaps(images, maps, titles, "heading"), 3)):
+        shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+        assert len(shown) == times * n
+        assert all((picture == image).all() for picture, image in zip(shown[::times], images, strict=True))
+        assert_texts_have_room(figure)
+    said = [axis.get_title() for axis in figure.axes if axis.get_title()][1]  # in words, at the tile itself
+    assert said.replace("\n", "").replace(" ", "") == f"said{name},100%".replace(" ", "")
+    assert all(len(axis.images) == 2 for axis in figure.axes[1:3])  # photo and heat
 
 
 # ---------------------------------------------------------------- as a user
@@ -1515,12 +1702,9 @@ def test_the_scripts_run_from_any_folder_with_workers(images, tmp_path):
     for words in (
         ("train.py", "--data", images, *TINY, "--epochs", 1, "--workers", 2, "--norm", "layer"),
         ("gradcam.py", "--n", 2),
-        ("data.py", "--data", images),
     ):
         command = [sys.executable, HERE / words[0], *map(str, words[1:])]
         done = subprocess.run(command, cwd=tmp_path, timeout=120, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
     written = {path.name for path in (tmp_path / "outputs").iterdir()}
-    assert (
-        written == {*train.OUTPUT_FILES, *train.GRADCAM_FILES} and (tmp_path / "augmentations.png").exists()
-    )
+    assert written == {*train.OUTPUT_FILES, "misclassified.png", "gradcam.png", "report.md"}

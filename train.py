@@ -34,8 +34,8 @@ WARMUP_STEPS = 200  # in which the rate rises to --lr; the full rate at once wou
 SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed since the last time
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
 CAN_CHANGE = {"data", "epochs", "workers", "device", "precision", "compile"}  # settings, by --resume
-OUTPUT_FILES = ["checkpoint.pt", "last.pt", "history.csv", "curves.png", "confusion.png"]
-GRADCAM_FILES = ["misclassified.png", "gradcam.png"]
+OUTPUT_FILES = ["checkpoint.pt", "last.pt", "history.csv", "augmentations.png", "curves.png", "confusion.png"]
+GRADCAM_FILES = ["misclassified.png", "gradcam.png", "own.png"]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -227,8 +227,20 @@ def resume(args: argparse.Namespace, state: dict, about: dict, training: Trainin
     return state["history"], state["best"], state["mtime"]
 
 
+def command(args: argparse.Namespace) -> str:
+    """The line that gives a run with these settings again."""
+    words = [f"python train.py --epochs {args.epochs}"]
+    for name, default in vars(get_parser().parse_args([])).items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        same = value == default or name == "data" and Path(value).resolve() == Path(default).resolve()
+        if not same and name not in NOT_SETTINGS | {"epochs"}:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [flag, *(utils.quote(one) for one in values)]
+    return " ".join(words)
+
+
 def describe(args, splits: dict, mean, std, techniques: dict, training: Training, device, precision) -> dict:
-    """What gradcam.py, --resume and a report need to know of a run, besides its epochs and weights."""
+    """What gradcam.py, its report and --resume need to know of a run, besides its epochs and weights."""
     train, model = splits["training"], training.model
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings["data"] = args.data if args.data == "demo" else str(Path(args.data).resolve())
@@ -236,14 +248,20 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
     cores = f"{device.type} ({utils.usable_cores()} cores)"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    defaults = training.optimizer.defaults
+    rates = ", ".join(f"{name} {defaults[name]}" for name in ("lr", "momentum", "weight_decay", "nesterov"))
+    steps = -(-len(train.labels) // args.batch_size)
     packages = ("torch", "torchvision", "albumentations", "matplotlib")
     return {
         "title": f"{model.name} on {train.name}, {args.norm} norm{without}, seed {args.seed}",
         "images": f"{counts} images in {model.classes} classes",
-        "weights": f"{count_parameters(model):,}",
+        "parameters": f"{count_parameters(model):,}",
         "hardware": f"{hardware}, {str(precision).removeprefix('torch.')}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
-        "augmentation": repr(techniques),
+        "command": command(args),
+        "augmentation": {name: ", ".join(map(repr, parts)) for name, parts in techniques.items()},
+        "optimizer": f"{rates}; {args.batch_size} images a step; the rate rises during {WARMUP_STEPS} steps",
+        "average": f"exponential, decay 1 - 1/{steps}, as an epoch has {steps} steps",
         "plateau": training.plateau.state_dict(),  # for its settings: factor, patience, threshold, min_lrs
         "settings": settings,
         **{"name": train.name, "classes": train.classes, "mean": mean, "std": std},
@@ -251,9 +269,9 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
 
 
 def print_header(about: dict, output: Path, device: torch.device) -> None:
-    for name in ("title", "images", "weights", "hardware"):
-        print(f"{name:10}{about[name]}")
-    print(f"output    {output}; after a stop: python train.py --resume --output {utils.quote(output)}")
+    for name in ("title", "images", "parameters", "hardware"):
+        print(f"{name:12}{about[name]}")
+    print(f"output      {output}; after a stop: python train.py --resume --output {utils.quote(output)}")
     if device.type == "cpu" and about["settings"]["width"] == WIDTH:
         print("No GPU is in use: with one an epoch takes seconds. On a CPU try --width 16.")
         if not torch.version.cuda and not torch.version.hip and sys.platform != "darwin":
@@ -308,6 +326,9 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
         history, best, mtime = resume(args, state, about, training)
     else:
         history, best, mtime = [], None, begin(args.output, about, training)
+    if not (args.output / "augmentations.png").exists():
+        look = data.plot_augmentations(train, techniques)
+        utils.save_figure(look, args.output / "augmentations.png", needed=False)
     if args.compile:
         training.model.compile()
     print_header(about, args.output, device)

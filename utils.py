@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,25 +18,35 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 if "IPython" not in sys.modules:
     os.environ.pop("MPLBACKEND", None)  # by a notebook that started this process: it may not exist here
 import matplotlib
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 500  # images; without gradients more of them fit at once
 ESTIMATE_SECONDS = 20  # of training, after which its pace can be trusted
+TILE = 1.5  # inches an image is wide in a figure
+PINK, HEAT_OPACITY = (
+    (1, 0, 0.65),
+    0.65,
+)  # of heatmaps: no grass, sky or skin is pink, and the photo shows through
 
 
 class RunError(Exception):
@@ -195,9 +206,9 @@ def pad(text: str, width: int) -> str:
     return text.ljust(width - extra)
 
 
-def quote(path: Path) -> str:
-    """A path as the system's shell takes it."""
-    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
+def quote(word: str | Path) -> str:
+    """A path or another word as the system's shell takes it."""
+    return subprocess.list2cmdline([str(word)]) if sys.platform == "win32" else shlex.quote(str(word))
 
 
 def clock(seconds: float) -> str:
@@ -308,7 +319,7 @@ def plot_curves(history: list[dict], title: str) -> Figure:
     """
     columns = {name: [row[name] for row in history] for name in history[0]}
     epochs, rates, best = columns["epoch"], columns["lr"], best_epoch(history)
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     figure.suptitle(title)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
@@ -341,32 +352,65 @@ def plot_confusion(result: dict, title: str) -> Figure:
     classes = result["classes"]
     confusion = torch.tensor(result["confusion"])
     shares = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
-    size = max(5.5, 0.62 * len(classes) + 2)  # inches
+    with_counts = len(classes) <= 20  # more numbers could not be read
+    size = 2 + (max(3.5, 0.62 * len(classes)) if with_counts else 0.16 * len(classes))  # inches
     figure = Figure(figsize=(size + 1.6, size), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(classes)), [f"{name}  {shares[i, i]:.1%}" for i, name in enumerate(classes)])
+    # The root makes an error of one percent visible beside a diagonal of 95.
+    image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), shrink=0.8)
+    fontsize = 10 if with_counts else 8
+    axis.set_xticks(range(len(classes)), classes, rotation=45 if with_counts else 90, fontsize=fontsize)
+    names = [f"{name}  {shares[i, i]:.1%}" for i, name in enumerate(classes)]
+    axis.set_yticks(range(len(classes)), names, fontsize=fontsize)
     axis.set(title=title, xlabel="predicted class", ylabel="true class and its accuracy")
-    if len(classes) <= 20:  # more numbers could not be read
+    if with_counts:
+        axis.set_xticklabels(classes, ha="right", rotation_mode="anchor")
         for true, predicted in confusion.nonzero().tolist():
-            colour = "white" if shares[true, predicted] > 0.5 else "black"
+            colour = "white" if shares[true, predicted] > 0.3 else "black"
             count = int(confusion[true, predicted])
             axis.text(predicted, true, count, ha="center", va="center", color=colour, fontsize=9)
     return figure
 
 
-def plot_grid(images: list, titles: list[str], columns: int, heading: str) -> Figure:
-    """The images (H, W, 3) in rows of so many columns, each under its title."""
+def wrap(text: str, points: float, size: float) -> str:
+    """The text in lines about so many points wide, in the font of this size."""
+    lines = []
+    for line in text.split("\n"):
+        known = re.sub("[^ -~]", "W", line)  # a letter that the font lacks is shown as a box
+        width = text_to_path.get_text_width_height_descent(known, FontProperties(size=size), False)[0]
+        lines.append(textwrap.fill(line, max(1, int(len(line) * points / max(width, 1)))))
+    return "\n".join(lines)
+
+
+def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps: Sequence = ()) -> Figure:
+    """The images (H, W, 3) in rows of so many columns, each under its title.
+
+    maps: if given, one for each image, None or (H, W) in [0, 1]: pink over the image, the denser the more,
+    and a line around what is above half
+    """
+    titles = [wrap(title, 0.92 * 72 * TILE, size=9) for title in titles]
     rows = -(-len(images) // columns)
-    lines = sum(title.count("\n") + 1 for title in titles[::columns])  # of text above the rows
-    figure = Figure(figsize=(max(2 * columns, 4), 2 * rows + 0.2 * lines + 0.6), layout="constrained")
-    figure.suptitle(textwrap.fill(heading, int(11 * figure.get_figwidth())))
+    lines = [max(title.count("\n") + 1 for title in titles[row * columns :][:columns]) for row in range(rows)]
+    width = max(TILE * columns, 4)
+    heading = wrap(heading, 0.95 * 72 * width, size=11)
+    height = TILE * rows + 0.15 * sum(lines) + 0.2 * (heading.count("\n") + 2)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(heading, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis in axes:
         axis.axis("off")
-    for axis, image, title in zip(figure.axes, images, titles, strict=False):
-        axis.imshow(image)
-        axis.set_title(title, fontsize=10)
+    for axis, image, title, heat in zip_longest(figure.axes, images, titles, maps):
+        if image is None:
+            continue
+        axis.imshow(image, interpolation="nearest")  # pixels look like pixels
+        axis.set_title(title, fontsize=9)
+        if heat is not None:
+            pink = np.dstack([np.full((*heat.shape, 3), PINK), HEAT_OPACITY * heat])
+            axis.imshow(pink, interpolation="bilinear")
+            if heat.any():
+                line = axis.contour(heat, levels=[0.5], colors="white", linewidths=1)
+                line.set_path_effects([withStroke(linewidth=2, foreground="black")])
+            else:
+                axis.set_title(f"{title}\n(nothing speaks for it)", fontsize=9)
     return figure
