@@ -181,7 +181,7 @@ def explain_pictures(paths: list[str], model, checkpoint: dict, layer: str, norm
         pairs = zip(row, of_row, strict=True)
         named = [f"{checkpoint['classes'][label]}, {share:.0%}" for share, label in pairs]
         print(f"{path}: {'; '.join(named)}")
-        titles.append((Path(path).name, *named[:2]))
+        titles.append((f"{Path(path).name}\n(then {named[2]})" if named[2:] else Path(path).name, *named[:2]))
     maps = explain(model, layer, images, labels[:, :2], normalize)
     return plot_heatmaps(list(images), maps, titles, f"Grad-CAM ({layer}) of own pictures, {model.name}")
 
