@@ -25,10 +25,10 @@ from utils import Figure
 LAYERS = ("stem", *STAGES)
 # Measured by insertion and deletion (Petsiuk et al. 2018, see README): on images that the network gets right
 # layer4, the last convolution, finds most truly what it saw; on its errors layer3 is as true, and finer.
-RUN_FILES = ("augmentations.png", "curves.png", "confusion.png", "history.csv")  # beside the checkpoint
 LAYER, ERROR_LAYER = "layer4", "layer3"
 
-
+# For the report.
+RUN_FILES = ("augmentations.png", "curves.png", "confusion.png", "history.csv")  # beside the checkpoint
 AUGMENTATIONS = {  # of data.augmentations: name, purpose
     "crop": ("RandomCrop", "moves the object by a few pixels, so that its place is no clue"),
     "flip": ("HorizontalFlip", "shows each object from its other side, too"),
@@ -197,100 +197,102 @@ def table(*rows: tuple) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
+def highlights(run: dict, history: list[dict]) -> str:
+    rows = [("", "this run")]
+    if "test_accuracy" in run:
+        rows += [
+            ("test accuracy (read once)", f"{run['test_accuracy']:.2%}"),
+            ("averaged with the mirrored image", f"{run['mirrored_accuracy']:.2%}"),
+            ("training time", utils.clock(run["training_seconds"])),
+        ]
+    rows.append(("validation accuracy", f"{run['val_accuracy']:.2%} in epoch {run['epoch']}, which is kept"))
+    if history:
+        rows.append(("epochs", f"{len(history)} of {run['settings']['epochs']}"))
+    rows += [(name, run[name]) for name in ("images", "hardware", "parameters", "versions")]
+    return table(*rows, ("seed", run["settings"]["seed"]))
+
+
+def techniques(run: dict, layer: str) -> str:
+    mean, std = (" ".join(f"{value:.4f}" for value in run[name]) for name in ("mean", "std"))
+    plateau = ", ".join(f"{name} {run['plateau'][name]:g}" for name in ("factor", "patience", "threshold"))
+    smoothing = run["settings"]["label_smoothing"]
+    return table(
+        ("technique", "what it does", "in this run"),
+        *((*AUGMENTATIONS.get(name, (name, "")), used) for name, used in run["augmentation"].items()),
+        ("normalisation", "gives each channel mean 0 and deviation 1", f"mean {mean}, deviation {std}"),
+        ("label smoothing", "asks for less than full certainty", f"share {smoothing:g}"),
+        ("SGD", "steps against the gradient of a batch, with momentum", run["optimizer"]),
+        ("averaging", "validates, tests and keeps an average of the weights", run["average"]),
+        ("ReduceLROnPlateau", "cuts the rate when the validation loss stops falling", plateau),
+        ("Grad-CAM", "shows which places of an image speak for a class", layer),
+    )
+
+
+def class_results(run: dict) -> list[str]:
+    """The accuracy of each class, and the five most frequent confusions in words."""
+    classes, confusion = run["classes"], torch.tensor(run["confusion"])
+    rows = zip(classes, (f"{accuracy:.2%}" for accuracy in run["class_accuracy"]), strict=True)
+    errors, lines = confusion.clone().fill_diagonal_(0).flatten(), []
+    for i in errors.argsort(descending=True, stable=True)[:5].tolist():
+        true, said = divmod(i, len(classes))
+        if errors[i]:
+            of_class = f"{confusion[true].sum():,} images of {escape(classes[true])}"
+            lines.append(f"* {errors[i]} of {of_class} were taken for {escape(classes[said])}.")
+    return [table(("class", "test accuracy"), *rows), "\n".join(lines)]
+
+
+def training_log(history: list[dict]) -> str:
+    rows = [("epoch", "learning rate", "training loss", "accuracy", "validation loss", "accuracy", "time")]
+    form = "{lr:.3g} {train_loss:.4f} {train_accuracy:.2%} {val_loss:.4f} {val_accuracy:.2%}"
+    for row in history:
+        values = {name: float(value) for name, value in row.items()}
+        rows.append((row["epoch"], *form.format(**values).split(), utils.clock(values["seconds"])))
+    return table(*rows)
+
+
 def make_report(run: dict, history: list[dict], commands: str, mistakes: list, share: str, layer: str) -> str:
     """The write-up as Markdown, from a checkpoint and the rows of history.csv, all of them strings.
 
     It states nothing that the run has not left: without a test, say, the figures of the test are missing.
     """
-    settings, classes, plateau = run["settings"], run["classes"], run["plateau"]
+    norm, classes = run["settings"]["norm"], run["classes"]
+    model = ResNet18(len(classes), norm, run["settings"]["width"]).eval()
     tested = "test_accuracy" in run
-    model = ResNet18(len(classes), settings["norm"], settings["width"]).eval()
-    highlights, graphs, confusions, images = [("", "this run")], [], [], []
+    page = [
+        f"# {escape(run['title'])}",
+        "## Highlights",
+        highlights(run, history),
+        f"```\n{commands}\n```",
+        "## About the model",
+        f"{model.name} (He et al. 2015), with {norm} normalisation, has eight residual blocks in four "
+        "stages. Each block is two 3x3 convolutions that learn what must be added to their input. A linear "
+        f"layer scores the {len(classes)} classes by the averages of the last activations.",
+        f"```\n{summary(model)}\n```",
+        "## Techniques used",
+        techniques(run, layer),
+        "![What the augmentations do to images of this run](augmentations.png)",
+        "## Graphs",
+        "![Loss, accuracy and learning rate](curves.png)",
+        *(["![Confusion matrix of the test set](confusion.png)", *class_results(run)] if tested else []),
+        *(["## Training log", training_log(history)] if history else []),
+        "## Images",
+        f"{share}.",
+    ]
     if tested:
-        highlights += [
-            ("test accuracy (read once)", f"{run['test_accuracy']:.2%}"),
-            ("averaged with the mirrored image", f"{run['mirrored_accuracy']:.2%}"),
-            ("training time", utils.clock(run["training_seconds"])),
-        ]
-        class_accuracy = [f"{accuracy:.2%}" for accuracy in run["class_accuracy"]]
-        graphs = [table(("class", "test accuracy"), *zip(classes, class_accuracy, strict=True))]
         confusion = torch.tensor(run["confusion"])
-        errors = confusion.clone().fill_diagonal_(0)
-        for i in errors.flatten().argsort(descending=True, stable=True)[:5].tolist():
-            true, said = i // len(classes), i % len(classes)
-            if errors[true, said]:
-                of_class = (
-                    f"{errors[true, said]} of {confusion[true].sum():,} images of {escape(classes[true])}"
-                )
-                confusions.append(f"* {of_class} were taken for {escape(classes[said])}.")
-    highlights += [
-        ("validation accuracy", f"{run['val_accuracy']:.2%} in epoch {run['epoch']}, whose weights are kept"),
-        *([("epochs", f"{len(history)} of {settings['epochs']}")] if history else []),
-        *((name, run[name]) for name in ("images", "hardware", "parameters", "versions")),
-        ("seed", settings["seed"]),
-    ]
-    mean, std = (" ".join(f"{value:.4f}" for value in run[name]) for name in ("mean", "std"))
-    limits = [f"{name} {plateau[name]:g}" for name in ("factor", "patience", "threshold")]
-    techniques = [
-        ("technique", "what it does", "in this run"),
-        *((*AUGMENTATIONS[name], transforms) for name, transforms in run["augmentation"].items()),
-        ("normalisation", "gives each channel mean 0 and deviation 1", f"mean {mean}, deviation {std}"),
-        ("label smoothing", "asks for less than full certainty", f"share {settings['label_smoothing']:g}"),
-        ("SGD", "steps against the gradient of a batch, with momentum", run["optimizer"]),
-        ("averaging", "validates, tests and keeps an average of the weights", run["average"]),
-        ("ReduceLROnPlateau", "cuts the rate when the validation loss stops falling", ", ".join(limits)),
-        ("Grad-CAM", "shows which places of an image speak for a class", layer),
-    ]
-    log = [("epoch", "learning rate", "training loss", "accuracy", "validation loss", "accuracy", "time")]
-    for row in history:
-        loss, accuracy, val_loss, val_accuracy = (
-            float(row[f"{part}_{name}"]) for part in ("train", "val") for name in ("loss", "accuracy")
-        )
-        rates = (
-            f"{float(row['lr']):.3g}",
-            f"{loss:.4f}",
-            f"{accuracy:.2%}",
-            f"{val_loss:.4f}",
-            f"{val_accuracy:.2%}",
-        )
-        log.append((row["epoch"], *rates, utils.clock(float(row["seconds"]))))
+        if share.split()[0] != f"{confusion.sum() - confusion.trace():,}":
+            page.append("(Counted anew, on another device than after training: a few fall the other way.)")
     if mistakes:
-        rows = [(m.index, m.true, m.predicted, f"{m.confidence:.1%}") for m in mistakes]
-        images = [
-            table(("test image", "true class", "predicted class", "confidence"), *rows),
+        page += [
+            table(
+                ("test image", "true class", "predicted class", "confidence"),
+                *((m.index, m.true, m.predicted, f"{m.confidence:.1%}") for m in mistakes),
+            ),
             "![Misclassified test images](misclassified.png)",
             f"Where did the network look? Grad-CAM of {layer}, {HOW_TO_READ}",
             "![The same images under their heatmaps](gradcam.png)",
         ]
-    counted = int(share.split()[0].replace(",", ""))
-    if tested and counted != confusion.sum() - confusion.trace():
-        share += "; counted anew, on another device than in training, where a few may fall the other way"
-    page = [
-        f"# {escape(run['title'])}",
-        "## Highlights",
-        table(*highlights),
-        f"```\n{commands}\n```",
-        "## About the model",
-        f"{model.name} (He et al. 2015), with {settings['norm']} normalisation, has eight residual blocks in "
-        "four stages. Each block is two 3x3 convolutions that learn what must be added to their input. A "
-        f"linear layer scores the {len(classes)} classes by the averages of the last activations.",
-        f"```\n{summary(model)}\n```",
-        "## Techniques used",
-        table(*techniques),
-        "![What the augmentations do to images of this run](augmentations.png)",
-        "## Graphs",
-        "![Loss, accuracy and learning rate](curves.png)",
-        "![Confusion matrix of the test set](confusion.png)",
-        *graphs,
-        "\n".join(confusions),
-        *(("## Training log", table(*log)) if history else ()),
-        "## Images",
-        f"{share}.",
-        *images,
-        "## References",
-        REFERENCES,
-    ]
-    return "\n\n".join(part for part in page if part) + "\n"
+    return "\n\n".join(part for part in [*page, "## References", REFERENCES] if part) + "\n"
 
 
 def seal(content: bytes) -> bytes:
@@ -325,24 +327,10 @@ def get_parser() -> utils.Parser:
     return parser
 
 
-@utils.explained_errors()
-def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    device = utils.choose_device(args.device)
-    precision = utils.choose_precision("auto", device)
-    model, checkpoint = load_model(args.checkpoint)
-    model.to(device, memory_format=utils.memory_format(device))
-    normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
-    output = args.output or args.checkpoint.parent
-    if args.image:
-        figure = explain_pictures(args.image, model, checkpoint, args.layer or LAYER, normalize, precision)
-        output.mkdir(parents=True, exist_ok=True)
-        utils.save_figure(figure, output / "own.png")
-        print(f"Written to {output}: own.png")
-        return utils.show(output / "own.png")
-
-    root = args.data or checkpoint["settings"]["data"]
-    test, classes = data.load_split(root, "test"), checkpoint["classes"]
+def explain_errors(args, model, checkpoint: dict, output: Path, normalize, precision) -> None:
+    """Draw the network's errors on the test set, and write the report. Raises RunError."""
+    root, classes = args.data or checkpoint["settings"]["data"], checkpoint["classes"]
+    test = data.load_split(root, "test")
     if test.classes != classes:
         raise utils.RunError(f"{root} has not the classes {', '.join(classes)}: name another with --data")
 
@@ -351,14 +339,14 @@ def main(argv: list[str] | None = None) -> None:
     errors = int((logits.argmax(1) != labels).sum())
     share = f"{errors:,} of {len(labels):,} test images are misclassified ({errors / len(labels):.2%})"
     print(f"{test.name}: {share}")
-    if 0 < errors < args.n:
-        print(f"Only {errors} of the {args.n} that --n asks for.")
     chosen = choose_errors(logits, labels, args.n, args.seed)
     confidence, predicted = logits[chosen].softmax(1).max(1)
     mistakes = [
         Mistake(i, test.images[i], classes[test.labels[i]], classes[p], c)
         for i, p, c in zip(chosen.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
     ]
+    if errors < args.n:
+        print(f"Only {errors} of the {args.n} that --n asks for." if errors else "There is nothing to show.")
     width = 2 + max(10, *map(len, classes))
     for m in mistakes:
         if m is mistakes[0]:
@@ -369,30 +357,50 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
     heading = f"misclassified test images of {test.name}, {model.name}, {order}"
-    layer = args.layer or ERROR_LAYER
+    layer, pictures = args.layer or ERROR_LAYER, []
     if mistakes:
         images = [m.image for m in mistakes]
         titles = [f"{m.said}\nis {m.true}" for m in mistakes]
         grid = utils.plot_grid(images, titles, min(5, len(mistakes)), f"M{heading[1:]}")
-        utils.save_figure(grid, output / "misclassified.png")
         maps = explain(model, layer, np.stack(images), torch.stack([predicted, labels[chosen]], 1), normalize)
         titles = [(f"test image {m.index}", m.said, f"is {m.true}") for m in mistakes]
-        figure = plot_heatmaps(images, maps, titles, f"Grad-CAM ({layer}) of {heading}")
-        utils.save_figure(figure, output / "gradcam.png")
-    run = args.checkpoint.parent
+        heatmaps = plot_heatmaps(images, maps, titles, f"Grad-CAM ({layer}) of {heading}")
+        pictures = [output / "misclassified.png", output / "gradcam.png"]
+        for figure, path in zip((grid, heatmaps), pictures, strict=True):
+            utils.save_figure(figure, path)
+
+    # The report
+    run, written = args.checkpoint.parent, [path.name for path in pictures]
     for name in RUN_FILES:
         if output != run and (run / name).exists():
             utils.write(output / name, (run / name).read_bytes())
-    rows = (run / "history.csv").read_text().splitlines() if (run / "history.csv").exists() else []
-    history = list(csv.DictReader(rows))
-    flags = {"n": args.n, "seed": args.seed, "layer": args.layer}
-    again = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
-    commands = f"{checkpoint['command']}\npython gradcam.py{again}"
-    if not mistakes:
-        print("There is nothing to show.")
-    report = write_report(make_report(checkpoint, history, commands, mistakes, share, layer), output)
-    print(f"Written to {output}: {'misclassified.png, gradcam.png, ' if mistakes else ''}{report.name}")
-    utils.show(output / "misclassified.png", output / "gradcam.png")
+    if "command" in checkpoint:  # not in that of an older version
+        rows = (run / "history.csv").read_text().splitlines() if (run / "history.csv").exists() else []
+        flags = {"n": args.n, "seed": args.seed, "layer": args.layer}
+        again = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
+        commands = f"{checkpoint['command']}\npython gradcam.py{again}"
+        text = make_report(checkpoint, list(csv.DictReader(rows)), commands, mistakes, share, layer)
+        written.append(write_report(text, output).name)
+    print(f"Written to {output}: {', '.join(written)}")
+    utils.show(*pictures)
+
+
+@utils.explained_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    device = utils.choose_device(args.device)
+    precision = utils.choose_precision("auto", device)
+    model, checkpoint = load_model(args.checkpoint)
+    model.to(device, memory_format=utils.memory_format(device))
+    normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
+    output = args.output or args.checkpoint.parent
+    if not args.image:
+        return explain_errors(args, model, checkpoint, output, normalize, precision)
+    figure = explain_pictures(args.image, model, checkpoint, args.layer or LAYER, normalize, precision)
+    output.mkdir(parents=True, exist_ok=True)
+    utils.save_figure(figure, output / "own.png")
+    print(f"Written to {output}: own.png")
+    utils.show(output / "own.png")
 
 
 if __name__ == "__main__":

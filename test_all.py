@@ -1089,7 +1089,9 @@ def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp
     assert "No GPU is in use" in capsys.readouterr().out
     del checkpoint["settings"]["width"]  # as of a run before there was a choice
     checkpoint["model"] = ResNet18(2).state_dict()
+    del checkpoint["command"]
     torch.save(checkpoint, tmp_path / "older.pt")
+    assert "report" not in succeed(gradcam, "--checkpoint", tmp_path / "older.pt", "--n", 1)
     assert gradcam.load_model(tmp_path / "older.pt")[0].name == "ResNet18"
 
 
@@ -1540,7 +1542,7 @@ def test_the_report_says_what_the_run_left_and_nothing_else(reported):
         "test accuracy (read once)": f"{(predicted == labels).float().mean():.2%}",
         "averaged with the mirrored image": f"{c['mirrored_accuracy']:.2%}",
         "training time": utils.clock(sum(float(row["seconds"]) for row in rows)),
-        "validation accuracy": f"{best:.2%} in epoch {c['epoch']}, whose weights are kept",
+        "validation accuracy": f"{best:.2%} in epoch {c['epoch']}, which is kept",
         "epochs": "3 of 3",
         "images": "14 training, 2 validation, 16 test images in 2 classes",
         "hardware": c["hardware"],
@@ -1597,6 +1599,7 @@ def test_an_edited_report_is_kept_and_ours_is_replaced(reported, tmp_path):
 
 def test_a_report_leaves_out_what_the_run_has_not(reported, tmp_path):
     c = utils.load_checkpoint(reported[0] / "checkpoint.pt")
+    c["augmentation"]["my own"] = "Blur(p=0.5)"  # by one more entry in data.augmentations
     for key in ("test_accuracy", "mirrored_accuracy", "class_accuracy", "confusion", "training_seconds"):
         del c[key]  # as of a run that has not ended
     utils.save_checkpoint(c, tmp_path / "checkpoint.pt")
@@ -1605,6 +1608,7 @@ def test_a_report_leaves_out_what_the_run_has_not(reported, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert not tables(report)["Graphs"] and "test accuracy" not in report and "training time" not in report
     assert re.findall(r"!\[.*?\]\((.*?)\)", report) == ["misclassified.png", "gradcam.png"]
+    assert ["my own", "", "Blur(p=0.5)"] in tables(report)["Techniques used"]
 
 
 def save_and_check_margins(figure, path: Path) -> None:
