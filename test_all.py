@@ -741,7 +741,7 @@ def test_an_old_gpu_or_a_pytorch_without_cuda_is_one_line(images, finished, tmp_
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore lines")
 
     about = utils.load_checkpoint(finished / "checkpoint.pt")
-    about["settings"]["width"] = 64
+    about["settings"] |= {"width": 64, "device": "auto"}
     for built_with, expected in (("12.8", False), (None, True)):
         monkeypatch.setattr(torch.version, "cuda", built_with)
         with redirect_stdout(io.StringIO()) as out:
@@ -1084,7 +1084,7 @@ def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp
     assert checkpoint["command"].endswith(
         "--without crop cutout --width 8 --workers 0 --device cpu --precision fp32"
     )
-    checkpoint["settings"]["width"] = 64
+    checkpoint["settings"] |= {"width": 64, "device": "auto"}
     train.print_header(checkpoint, tmp_path, CPU)
     assert "No GPU is in use" in capsys.readouterr().out
     del checkpoint["settings"]["width"]  # as of a run before there was a choice

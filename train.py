@@ -29,7 +29,7 @@ MOMENTUM = 0.9
 # Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth
 # that with the default of 0.01 % almost every epoch is progress, and the rate is cut far too late.
 PLATEAU_THRESHOLD = 0.01
-MIN_LR = 0.001  # of --lr
+MIN_LR = 0.001  # as a share of --lr
 WARMUP_STEPS = 200  # in which the rate rises to --lr; the full rate at once would throw fresh weights far off
 SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed since the last time
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
@@ -232,7 +232,7 @@ def command(args: argparse.Namespace) -> str:
     words = [f"python train.py --epochs {args.epochs}"]
     for name, default in vars(get_parser().parse_args([])).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        same = value == default or name == "data" and Path(value).resolve() == Path(default).resolve()
+        same = value == default or (name == "data" and Path(value).resolve() == Path(default).resolve())
         if not same and name not in NOT_SETTINGS | {"epochs"}:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [flag, *(utils.quote(one) for one in values)]
@@ -272,8 +272,9 @@ def print_header(about: dict, output: Path, device: torch.device) -> None:
     for name in ("title", "images", "parameters", "hardware"):
         print(f"{name:12}{about[name]}")
     print(f"output      {output}; after a stop: python train.py --resume --output {utils.quote(output)}")
-    if device.type == "cpu" and about["settings"]["width"] == WIDTH:
-        print("No GPU is in use: with one an epoch takes seconds. On a CPU try --width 16.")
+    if device.type == "cpu" and about["settings"]["device"] == "auto":
+        if about["settings"]["width"] == WIDTH:
+            print("No GPU is in use: with one an epoch takes seconds. On a CPU try --width 16.")
         if not torch.version.cuda and not torch.version.hip and sys.platform != "darwin":
             print("This PyTorch was built without CUDA; with it: https://pytorch.org/get-started/locally")
     print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
