@@ -156,7 +156,10 @@ class CIFAR10FromMirrors(CIFAR10):
                 found -= {archive.name, self.base_folder}
             if found:
                 expected = "train/<class>/* and test/<class>/*, or CIFAR-10 undamaged (by its MD5)"
-                raise RunError(f"{folder} holds {', '.join(sorted(found)[:4])}: expected {expected}")
+                likely = [path.parent for path in sorted(folder.glob("*/[Tt]rain"))]
+                likely += [folder.parent] if folder.name.lower() in ("train", "test") else []
+                hint = f"; perhaps you mean --data {utils.quote(likely[0])}" if likely else ""
+                raise RunError(f"{folder} holds {', '.join(sorted(found)[:4])}: expected {expected}{hint}")
             fetch(archive, self.tgz_md5)
         try:
             super().download()
@@ -361,7 +364,7 @@ def plot_augmentations(train: Split, techniques: dict[str, list]) -> Figure:
     images = train.images[stratified_order(train.labels, seed=0)[:4]]
     columns = {"original": images}
     for technique, transforms in techniques.items():
-        title = f"{technique}\n{type(transforms[-1]).__name__}\np = {transforms[-1].p}"
+        title = f"{technique}\n{type(transforms[-1]).__name__}\nin training p = {transforms[-1].p}"
         columns[title] = images
         for transform in transforms:  # called one by one, with force_apply in spite of p
             transform.set_random_state(np.random.default_rng(0), random.Random(0))

@@ -35,10 +35,11 @@ AUGMENTATIONS = {  # of data.augmentations: name, purpose
     "rotate": ("Rotate", "turns the image a little, as a camera is rarely level"),
     "cutout": ("CutOut", "hides a square, so that the network must use more than one clue"),
 }
-HOW_TO_READ = """for what the network said and for what is true. The pinker a place, the more it speaks for
-the class; the line surrounds what is above half of the maximum. Each map has a scale of its own, so two of
-them do not tell which class had more evidence. A cell of a map has seen much of the image around it: a pink
-place beside the object may still speak of the object."""
+HOW_TO_READ = """for what the network said and for what is true: the activations of that stage are summed, each
+channel weighted by the mean gradient of the class's score, and what is positive is kept. The pinker a place, the
+more it speaks for the class; the line surrounds what is above half of the maximum. Each map has a scale of its
+own, so two of them do not tell which class had more evidence. A cell of a map has seen much of the image around
+it: a pink place beside the object may still speak of the object."""
 REFERENCES = """* K. He et al.: Deep Residual Learning, 2015, https://arxiv.org/abs/1512.03385
 * R. Selvaraju et al.: Grad-CAM, 2017, https://arxiv.org/abs/1610.02391
 * T. DeVries, G. Taylor: Cutout, 2017, https://arxiv.org/abs/1708.04552
@@ -201,7 +202,7 @@ def highlights(run: dict, history: list[dict]) -> str:
     rows = [("", "this run")]
     if "test_accuracy" in run:
         rows += [
-            ("test accuracy (read once)", f"{run['test_accuracy']:.2%}"),
+            ("test accuracy", f"{run['test_accuracy']:.2%}"),
             ("averaged with the mirrored image", f"{run['mirrored_accuracy']:.2%}"),
             ("training time", utils.clock(run["training_seconds"])),
         ]
@@ -236,9 +237,10 @@ def class_results(run: dict) -> list[str]:
     for i in errors.argsort(descending=True, stable=True)[:5].tolist():
         true, said = divmod(i, len(classes))
         if errors[i]:
-            of_class = f"{confusion[true].sum():,} images of {escape(classes[true])}"
-            lines.append(f"* {errors[i]} of {of_class} were taken for {escape(classes[said])}.")
-    return [table(("class", "test accuracy"), *rows), "\n".join(lines)]
+            named = f"{escape(classes[true])} taken for {escape(classes[said])}"
+            lines.append(f"* {named}: {errors[i]} of {confusion[true].sum():,}")
+    most = ["The most frequent confusions:", "\n".join(lines)] if lines else []
+    return [table(("class", "test accuracy"), *rows), *most]
 
 
 def training_log(history: list[dict]) -> str:
@@ -264,9 +266,9 @@ def make_report(run: dict, history: list[dict], commands: str, mistakes: list, s
         highlights(run, history),
         f"```\n{commands}\n```",
         "## About the model",
-        f"{model.name} (He et al. 2015), with {norm} normalisation, has eight residual blocks in four "
-        "stages. Each block is two 3x3 convolutions that learn what must be added to their input. A linear "
-        f"layer scores the {len(classes)} classes by the averages of the last activations.",
+        f"{model.name} (He et al. 2015), with {norm} normalisation, is eight residual blocks in four stages. "
+        "In each, two 3x3 convolutions learn what must be added to their input, which a shortcut carries past "
+        f"them. A linear layer scores the {len(classes)} classes by the averages of the last activations.",
         f"```\n{summary(model)}\n```",
         "## Techniques used",
         techniques(run, layer),
@@ -300,17 +302,37 @@ def seal(content: bytes) -> bytes:
     return f"<!-- by gradcam.py; SHA-256 of what follows: {hashlib.sha256(content).hexdigest()} -->".encode()
 
 
-def write_report(text: str, output: Path) -> Path:
-    """Write report.md; where one stands that was edited, report-2.md, and so on. Raises RunError."""
-    text = re.sub(r"!\[.*\]\((.*)\)\n\n", lambda link: link[0] if (output / link[1]).exists() else "", text)
-    path = output / "report.md"
-    for number in itertools.count(2):
-        first_line, _, rest = path.read_bytes().partition(b"\n") if path.exists() else (seal(b""), b"", b"")
-        if first_line == seal(rest):
-            break
-        path = output / f"report-{number}.md"
-    utils.write(path, seal(text.encode()) + b"\n" + text.encode())
-    return path
+def free_ending(output: Path) -> str:
+    """The ending of the names of report and pictures: "", or where a report was edited "-2" and so on."""
+    for ending in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        path = output / f"report{ending}.md"
+        # An editor or git on Windows may have changed the line endings, and nothing else.
+        content = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
+        first_line, _, rest = content.partition(b"\n")
+        if not content or first_line == seal(rest):
+            return ending
+
+
+def write_report(
+    args, checkpoint: dict, output: Path, ending: str, mistakes: list, share, layer
+) -> list[str]:
+    """Write the report, with the run's files beside it. Returns its name. Raises RunError."""
+    run = args.checkpoint.parent
+    for name in RUN_FILES:
+        if output != run and (run / name).exists():
+            utils.write(output / name, (run / name).read_bytes())
+    if "command" not in checkpoint:  # of an older version, which did not note what is needed
+        return []
+    rows = (run / "history.csv").read_text().splitlines() if (run / "history.csv").exists() else []
+    flags = {"n": args.n, "seed": args.seed, "layer": args.layer}
+    again = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
+    commands = f"{checkpoint['command']}\npython gradcam.py{again}"
+    text = make_report(checkpoint, list(csv.DictReader(rows)), commands, mistakes, share, layer)
+    text = re.sub(r"\]\((misclassified|gradcam)\.png\)", rf"](\1{ending}.png)", text)
+    there = {path.name for path in output.iterdir()}
+    text = re.sub(r"!\[.*\]\((.*)\)\n\n", lambda link: link[0] if link[1] in there else "", text)
+    utils.write(output / f"report{ending}.md", seal(text.encode()) + b"\n" + text.encode())
+    return [f"report{ending}.md"]
 
 
 def get_parser() -> utils.Parser:
@@ -357,30 +379,20 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
     output.mkdir(parents=True, exist_ok=True)
     order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
     heading = f"misclassified test images of {test.name}, {model.name}, {order}"
-    layer, pictures = args.layer or ERROR_LAYER, []
+    layer, pictures, ending = args.layer or ERROR_LAYER, [], free_ending(output)
     if mistakes:
         images = [m.image for m in mistakes]
-        titles = [f"{m.said}\nis {m.true}" for m in mistakes]
+        titles = [f"test image {m.index}\n{m.said}\nis {m.true}" for m in mistakes]
         grid = utils.plot_grid(images, titles, min(5, len(mistakes)), f"M{heading[1:]}")
         maps = explain(model, layer, np.stack(images), torch.stack([predicted, labels[chosen]], 1), normalize)
         titles = [(f"test image {m.index}", m.said, f"is {m.true}") for m in mistakes]
         heatmaps = plot_heatmaps(images, maps, titles, f"Grad-CAM ({layer}) of {heading}")
-        pictures = [output / "misclassified.png", output / "gradcam.png"]
+        pictures = [output / f"misclassified{ending}.png", output / f"gradcam{ending}.png"]
         for figure, path in zip((grid, heatmaps), pictures, strict=True):
             utils.save_figure(figure, path)
 
-    # The report
-    run, written = args.checkpoint.parent, [path.name for path in pictures]
-    for name in RUN_FILES:
-        if output != run and (run / name).exists():
-            utils.write(output / name, (run / name).read_bytes())
-    if "command" in checkpoint:  # not in that of an older version
-        rows = (run / "history.csv").read_text().splitlines() if (run / "history.csv").exists() else []
-        flags = {"n": args.n, "seed": args.seed, "layer": args.layer}
-        again = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
-        commands = f"{checkpoint['command']}\npython gradcam.py{again}"
-        text = make_report(checkpoint, list(csv.DictReader(rows)), commands, mistakes, share, layer)
-        written.append(write_report(text, output).name)
+    written = [path.name for path in pictures]
+    written += write_report(args, checkpoint, output, ending, mistakes, share, layer)
     print(f"Written to {output}: {', '.join(written)}")
     utils.show(*pictures)
 

@@ -427,12 +427,18 @@ def test_folders_that_are_no_data_set_are_named_and_left_alone(images, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for name, words in {
         "empty class": ["dog"],
-        "class missing": ["same class folders"],
+        "class missing": ["same class folders, not so dog"],
         "no test": ["holds train, val: expected train/<class>/* and test/<class>/*"],
         "training, testing": ["holds testing, training: expected"],
         "other names": ["holds my testing images, my training images", "train/<class>/* and test/<class>/*"],
-        ".": ["holds class missing, empty class, no test, other names", "CIFAR-10"],
+        ".": [
+            "holds class missing, empty class, no test, other names",
+            "CIFAR-10",
+            "perhaps",
+            "class missing'",
+        ],
         "other names/my training images": ["holds cat, dog"],
+        "no test/train": ["holds cat, dog", f"perhaps you mean --data '{tmp_path / 'no test'}'"],
         "class missing/train/dog": ["holds 0.png, 1.png"],
         "nowhere": ["no folder", "CIFAR-10"],
     }.items():
@@ -1539,7 +1545,7 @@ def test_the_report_says_what_the_run_left_and_nothing_else(reported):
     logits, labels = utils.predict(model, test, data.Normalize(c["mean"], c["std"]), torch.float32)
     predicted, best = logits.argmax(1), max(float(row["val_accuracy"]) for row in rows)
     assert dict(found["Highlights"][1:]) == {
-        "test accuracy (read once)": f"{(predicted == labels).float().mean():.2%}",
+        "test accuracy": f"{(predicted == labels).float().mean():.2%}",
         "averaged with the mirrored image": f"{c['mirrored_accuracy']:.2%}",
         "training time": utils.clock(sum(float(row["seconds"]) for row in rows)),
         "validation accuracy": f"{best:.2%} in epoch {c['epoch']}, which is kept",
@@ -1566,7 +1572,7 @@ def test_the_report_says_what_the_run_left_and_nothing_else(reported):
     for true, said in ((0, 1), (1, 0)):
         count = int(((labels == true) & (predicted == said)).sum())
         names = [gradcam.escape(AWKWARD_NAMES[i]) for i in (true, said)]
-        assert (f"* {count} of 8 images of {names[0]} were taken for {names[1]}." in report) == (count > 0)
+        assert (f"* {names[0]} taken for {names[1]}: {count} of 8\n" in report) == (count > 0)
     for shown, row in zip(found["Training log"][1:], rows, strict=True):
         values = {name: float(value) for name, value in row.items()}
         assert shown[:2] == [row["epoch"], f"{values['lr']:.3g}"]
@@ -1590,9 +1596,20 @@ def test_an_edited_report_is_kept_and_ours_is_replaced(reported, tmp_path):
     for name in ("curves.png", "confusion.png", "augmentations.png", "history.csv"):
         assert (tmp_path / name).read_bytes() == (reported[0] / name).read_bytes()
     assert "report.md" in succeed(gradcam, *flags, 2) and (tmp_path / "report.md").read_text() != ours
+    (tmp_path / "report.md").write_bytes((tmp_path / "report.md").read_bytes().replace(b"\n", b"\r\n"))
+    succeed(gradcam, *flags, 1)
+    assert (tmp_path / "report.md").read_text() == ours  # other line endings are no edit
+    before = {path: path.read_bytes() for path in tmp_path.glob("[gm]*.png")}
     (tmp_path / "report.md").write_text(ours + "My own words.")
-    assert "report-2.md" in succeed(gradcam, *flags, 1) and (tmp_path / "report-2.md").read_text() == ours
-    assert (tmp_path / "report.md").read_text() == ours + "My own words."
+    for number in (3, 2):  # that report's pictures stay, too, and those of the next are replaced
+        log = succeed(gradcam, *flags, number)
+        assert "misclassified-2.png, gradcam-2.png, report-2.md" in log
+    assert (tmp_path / "report.md").read_text() == ours + "My own words." and len(before) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    links = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "report-2.md").read_text())
+    assert {"misclassified-2.png", "gradcam-2.png"} < set(links) and all(
+        (tmp_path / link).exists() for link in links
+    )
     (tmp_path / "report-2.md").write_bytes(b"\xff\xfe")
     assert "report-3.md" in succeed(gradcam, *flags, 1) and len(list(tmp_path.glob("report*"))) == 3
 

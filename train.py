@@ -312,7 +312,10 @@ def fit(args: argparse.Namespace, state: dict | None) -> None:
     # Data
     train, test = data.load_split(args.data, "train"), data.load_split(args.data, "test")
     if train.classes != test.classes:
-        raise utils.RunError(f"{args.data}: train and test must have the same class folders")
+        differing = ", ".join(sorted({*train.classes} ^ {*test.classes}))
+        raise utils.RunError(
+            f"{args.data}: train and test must have the same class folders, not so {differing}"
+        )
     mean, std = data.channel_statistics(train.images)
     normalize = data.Normalize(mean, std).to(device)
     techniques = data.augmentations(mean, args.without)
