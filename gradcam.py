@@ -35,11 +35,11 @@ AUGMENTATIONS = {  # of data.augmentations: name, purpose
     "rotate": ("Rotate", "turns the image a little, as a camera is rarely level"),
     "cutout": ("CutOut", "hides a square, so that the network must use more than one clue"),
 }
-HOW_TO_READ = """for what the network said and for what is true: the activations of that stage are summed, each
-channel weighted by the mean gradient of the class's score, and what is positive is kept. The pinker a place, the
-more it speaks for the class; the line surrounds what is above half of the maximum. Each map has a scale of its
-own, so two of them do not tell which class had more evidence. A cell of a map has seen much of the image around
-it: a pink place beside the object may still speak of the object."""
+HOW_TO_READ = """for what the network said and for what is true: the activations of that stage are summed,
+each channel weighted by the mean gradient of the class's score, and what is positive is kept. The pinker a
+place, the more it speaks for the class; the line surrounds what is above half of the maximum. Each map has
+a scale of its own, so two of them do not tell which class had more evidence. A cell of a map has seen much
+of the image around it: a pink place beside the object may still speak of the object."""
 REFERENCES = """* K. He et al.: Deep Residual Learning, 2015, https://arxiv.org/abs/1512.03385
 * R. Selvaraju et al.: Grad-CAM, 2017, https://arxiv.org/abs/1610.02391
 * T. DeVries, G. Taylor: Cutout, 2017, https://arxiv.org/abs/1708.04552
@@ -267,8 +267,8 @@ def make_report(run: dict, history: list[dict], commands: str, mistakes: list, s
         f"```\n{commands}\n```",
         "## About the model",
         f"{model.name} (He et al. 2015), with {norm} normalisation, is eight residual blocks in four stages. "
-        "In each, two 3x3 convolutions learn what must be added to their input, which a shortcut carries past "
-        f"them. A linear layer scores the {len(classes)} classes by the averages of the last activations.",
+        "In each, two 3x3 convolutions learn what must be added to their input, which a shortcut carries "
+        f"past them. A linear layer scores the {len(classes)} classes by the averages of the last activations.",
         f"```\n{summary(model)}\n```",
         "## Techniques used",
         techniques(run, layer),
