@@ -35,11 +35,11 @@ AUGMENTATIONS = {  # of data.augmentations: name, purpose
     "rotate": ("Rotate", "turns the image a little, as a camera is rarely level"),
     "cutout": ("CutOut", "hides a square, so that the network must use more than one clue"),
 }
-HOW_TO_READ = """for what the network said and for what is true: the activations of that stage are summed,
-each channel weighted by the mean gradient of the class's score, and what is positive is kept. The pinker a
-place, the more it speaks for the class; the line surrounds what is above half of the maximum. Each map has
-a scale of its own, so two of them do not tell which class had more evidence. A cell of a map has seen much
-of the image around it: a pink place beside the object may still speak of the object."""
+LEGEND = "The pinker a place, the more it speaks for the class; the line surrounds what is above half."
+HOW_TO_READ = f"""for what the network said and for what is true: the activations of that stage are summed,
+each channel weighted by the mean gradient of the class's score, and what is positive is kept. {LEGEND} Each
+map has a scale of its own, so two of them do not tell which class had more evidence. A cell of a map has seen
+much of the image around it: a pink place beside the object may still speak of the object."""
 REFERENCES = """* K. He et al.: Deep Residual Learning, 2015, https://arxiv.org/abs/1512.03385
 * R. Selvaraju et al.: Grad-CAM, 2017, https://arxiv.org/abs/1610.02391
 * T. DeVries, G. Taylor: Cutout, 2017, https://arxiv.org/abs/1708.04552
@@ -165,10 +165,8 @@ def plot_heatmaps(images: list, maps: np.ndarray, titles: list[tuple], heading: 
     tiles = [image for image in images for _ in range(1 + k)]
     over_tiles = [heatmap for of_image in maps for heatmap in (None, *of_image)]
     texts = [title for of_image in titles for title in of_image]
-    heading += (
-        "\nThe pinker a place, the more it speaks for the class; the line surrounds what is above half."
-    )
-    return utils.plot_grid(tiles, texts, (1 + k) * min(2, len(images)), heading, over_tiles)
+    columns = (1 + k) * min(2, len(images))
+    return utils.plot_grid(tiles, texts, columns, f"{heading}\n{LEGEND}", over_tiles)
 
 
 def explain_pictures(paths: list[str], model, checkpoint: dict, layer: str, normalize, precision) -> Figure:
@@ -268,7 +266,8 @@ def make_report(run: dict, history: list[dict], commands: str, mistakes: list, s
         "## About the model",
         f"{model.name} (He et al. 2015), with {norm} normalisation, is eight residual blocks in four stages. "
         "In each, two 3x3 convolutions learn what must be added to their input, which a shortcut carries "
-        f"past them. A linear layer scores the {len(classes)} classes by the averages of the last activations.",
+        "past them. A linear layer turns the averages of the last activations into a score for each of the "
+        f"{len(classes)} classes.",
         f"```\n{summary(model)}\n```",
         "## Techniques used",
         techniques(run, layer),
@@ -282,8 +281,9 @@ def make_report(run: dict, history: list[dict], commands: str, mistakes: list, s
     ]
     if tested:
         confusion = torch.tensor(run["confusion"])
-        if share.split()[0] != f"{confusion.sum() - confusion.trace():,}":
-            page.append("(Counted anew, on another device than after training: a few fall the other way.)")
+        errors = f"{confusion.sum() - confusion.trace():,}"
+        if share.split()[0] != errors:  # as on another device, where a few images fall the other way
+            page.append(f"(Counted anew for these pictures; in the test after the training it was {errors}.)")
     if mistakes:
         page += [
             table(
@@ -313,9 +313,7 @@ def free_ending(output: Path) -> str:
             return ending
 
 
-def write_report(
-    args, checkpoint: dict, output: Path, ending: str, mistakes: list, share, layer
-) -> list[str]:
+def write_report(args, checkpoint, output: Path, ending: str, mistakes, share, layer) -> list[str]:
     """Write the report, with the run's files beside it. Returns its name. Raises RunError."""
     run = args.checkpoint.parent
     for name in RUN_FILES:

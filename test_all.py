@@ -1616,6 +1616,10 @@ def test_an_edited_report_is_kept_and_ours_is_replaced(reported, tmp_path):
 
 def test_a_report_leaves_out_what_the_run_has_not(reported, tmp_path):
     c = utils.load_checkpoint(reported[0] / "checkpoint.pt")
+    headline = f"| test accuracy | {c['test_accuracy']:.2%} |"
+    errors, c["confusion"] = 16 - round(16 * c["test_accuracy"]), [[7, 1], [2, 6]]  # as if counted elsewhere
+    text = gradcam.make_report(c, [], "", [], f"{errors} of 16 test images are misclassified", "layer3")
+    assert headline in text and "in the test after the training it was 3.)" in text
     c["augmentation"]["my own"] = "Blur(p=0.5)"  # by one more entry in data.augmentations
     for key in ("test_accuracy", "mirrored_accuracy", "class_accuracy", "confusion", "training_seconds"):
         del c[key]  # as of a run that has not ended

@@ -43,10 +43,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 EVAL_BATCH = 500  # images; without gradients more of them fit at once
 ESTIMATE_SECONDS = 20  # of training, after which its pace can be trusted
 TILE = 1.5  # inches an image is wide in a figure
-PINK, HEAT_OPACITY = (
-    (1, 0, 0.65),
-    0.65,
-)  # of heatmaps: no grass, sky or skin is pink, and the photo shows through
+PINK = (1, 0, 0.65)  # of heatmaps: no grass, sky or skin has this colour
+HEAT_OPACITY = 0.65  # at most, so that the photo shows through
 
 
 class RunError(Exception):
