@@ -250,7 +250,7 @@ def training_log(history: list[dict]) -> str:
     return table(*rows)
 
 
-def make_report(run: dict, history: list[dict], commands: str, mistakes: list, share: str, layer: str) -> str:
+def make_report(run: dict, history: list, commands: str, mistakes: list, share, layer, ending="") -> str:
     """The write-up as Markdown, from a checkpoint and the rows of history.csv, all of them strings.
 
     It states nothing that the run has not left: without a test, say, the figures of the test are missing.
@@ -290,11 +290,11 @@ def make_report(run: dict, history: list[dict], commands: str, mistakes: list, s
                 ("test image", "true class", "predicted class", "confidence"),
                 *((m.index, m.true, m.predicted, f"{m.confidence:.1%}") for m in mistakes),
             ),
-            "![Misclassified test images](misclassified.png)",
+            f"![Misclassified test images](misclassified{ending}.png)",
             f"Where did the network look? Grad-CAM of {layer}, {HOW_TO_READ}",
-            "![The same images under their heatmaps](gradcam.png)",
+            f"![The same images under their heatmaps](gradcam{ending}.png)",
         ]
-    return "\n\n".join(part for part in [*page, "## References", REFERENCES] if part) + "\n"
+    return "\n\n".join([*page, "## References", REFERENCES]) + "\n"
 
 
 def seal(content: bytes) -> bytes:
@@ -325,8 +325,7 @@ def write_report(args, checkpoint, output: Path, ending: str, mistakes, share, l
     flags = {"n": args.n, "seed": args.seed, "layer": args.layer}
     again = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
     commands = f"{checkpoint['command']}\npython gradcam.py{again}"
-    text = make_report(checkpoint, list(csv.DictReader(rows)), commands, mistakes, share, layer)
-    text = re.sub(r"\]\((misclassified|gradcam)\.png\)", rf"](\1{ending}.png)", text)
+    text = make_report(checkpoint, list(csv.DictReader(rows)), commands, mistakes, share, layer, ending)
     there = {path.name for path in output.iterdir()}
     text = re.sub(r"!\[.*\]\((.*)\)\n\n", lambda link: link[0] if link[1] in there else "", text)
     utils.write(output / f"report{ending}.md", seal(text.encode()) + b"\n" + text.encode())
@@ -368,9 +367,9 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
     if errors < args.n:
         print(f"Only {errors} of the {args.n} that --n asks for." if errors else "There is nothing to show.")
     width = 2 + max(10, *map(len, classes))
+    if mistakes:
+        print(f"test index  {'true':{width}}{'predicted':{width}}confidence")
     for m in mistakes:
-        if m is mistakes[0]:
-            print(f"test index  {'true':{width}}{'predicted':{width}}confidence")
         print(f"{m.index:10}  {utils.pad(m.true, width)}{utils.pad(m.predicted, width)}{m.confidence:10.1%}")
 
     # Why? Each image twice: for the predicted class and for the true one.

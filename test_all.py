@@ -815,8 +815,10 @@ def test_workers_follow_the_cores_that_may_be_used(cores, system, expected, monk
     monkeypatch.setattr(sys, "platform", system)
     split, chosen = random_split(8), data.augmentations(MEAN)
     loading = data.train_loader(split, chosen, 4, 0, None, torch.device("cuda"))
-    with warnings.catch_warnings(action="ignore"), loading as loader:  # here may be fewer cores than workers
-        assert loader.num_workers == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # here may be fewer cores than workers
+        with loading as loader:
+            assert loader.num_workers == expected
     with data.train_loader(split, chosen, 4, 0, None, CPU) as loader:
         assert loader.num_workers == 1
         assert loader.timeout == 0  # a laptop that sleeps for hours goes on when it wakes
@@ -884,7 +886,7 @@ def test_a_notebook_trains_explains_and_shows_the_pictures(cell, images, tmp_pat
 
 @pytest.mark.filterwarnings("default")
 def test_the_stop_button_leaves_kernel_and_run_alive(cell, images, tmp_path):
-    cell("mp.set_start_method('fork', force=True)")
+    cell("import train, torch.multiprocessing as mp; mp.set_start_method('fork', force=True)")
     flags = f"--data {images} --output {tmp_path} {FLAGS} --epochs 5000 --workers 1"
     text, _ = cell(f"train.SAVE_SECONDS = -1; train.main('{flags}'.split())", stop_at="3/5000")
     assert "KeyboardInterrupt" in text
