@@ -256,6 +256,7 @@ def make_report(run: dict, history: list, commands: str, mistakes: list, share, 
     It states nothing that the run has not left: without a test, say, the figures of the test are missing.
     """
     norm, classes = run["settings"]["norm"], run["classes"]
+    filters = " and standardised filters (Qiao et al. 2019, arXiv:1903.10520)" if norm == "layer" else ""
     model = ResNet18(len(classes), norm, run["settings"]["width"]).eval()
     tested = "test_accuracy" in run
     page = [
@@ -264,10 +265,10 @@ def make_report(run: dict, history: list, commands: str, mistakes: list, share, 
         highlights(run, history),
         f"```\n{commands}\n```",
         "## About the model",
-        f"{model.name} (He et al. 2015), with {norm} normalisation, is eight residual blocks in four stages. "
-        "In each, two 3x3 convolutions learn what must be added to their input, which a shortcut carries "
-        "past them. A linear layer turns the averages of the last activations into a score for each of the "
-        f"{len(classes)} classes.",
+        f"{model.name} (He et al. 2015), with {norm} normalisation{filters}, is eight residual blocks in "
+        "four stages. In each, two 3x3 convolutions learn what must be added to their input, which a "
+        "shortcut carries past them. A linear layer turns the averages of the last activations into a score "
+        f"for each of the {len(classes)} classes.",
         f"```\n{summary(model)}\n```",
         "## Techniques used",
         techniques(run, layer),

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 WIDTH = 64  # channels of the first convolution, the stem
 STAGES = {"layer1": (1, 1), "layer2": (2, 2), "layer3": (4, 2), "layer4": (8, 2)}  # channels / width, stride
@@ -16,6 +17,17 @@ NORMS = {  # each is called with the number of channels
     "batch": nn.BatchNorm2d,  # Ioffe and Szegedy 2015
     "layer": partial(nn.GroupNorm, 1),  # Ba et al. 2016: each image for itself, over channels and positions
 }
+
+
+class StandardizedWeight(nn.Module):
+    """Weight standardization (Qiao et al. 2019): every filter is used with mean zero and variance one.
+
+    weight (channels, in_channels, H, W), as trained -> the same shape, as used by the convolution
+    """
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        # layer_norm does just this. Its usual eps, 1e-5, would count: filters end with variances from 4e-5.
+        return nn.functional.layer_norm(weight, weight.shape[1:], eps=1e-8)
 
 
 class BasicBlock(nn.Module):
@@ -70,6 +82,12 @@ class ResNet18(nn.Module):
             self.feature.add_module(stage, nn.Sequential(first, second))
         linear = nn.Linear(channels, classes)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+        if norm == "layer":
+            # After a ReLU all channels are positive, so the sum that a filter makes of them has a large part
+            # that is the same for every image. Batch normalisation subtracts it, channel by channel; layer
+            # normalisation cannot, and learns slowly. A filter of mean zero hardly lets it arise.
+            for convolution in [m for m in self.feature.modules() if isinstance(m, nn.Conv2d)]:
+                register_parametrization(convolution, "weight", StandardizedWeight())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.feature(x))

@@ -160,6 +160,26 @@ def test_layer_norm_normalises_each_image_over_channels_and_positions():
         ResNet18(norm="group")
 
 
+def test_layer_norm_convolves_with_standardised_weights():
+    model = ResNet18(7, norm="layer", width=8)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 20  # the stem, two in each of eight blocks, three projections
+    for convolution in convolutions:
+        (trained,) = convolution.parameters()
+        filters = trained.detach().flatten(1)
+        by_hand = (filters - filters.mean(1, keepdim=True)) / filters.std(1, keepdim=True, correction=0)
+        torch.testing.assert_close(convolution.weight.flatten(1), by_hand, atol=1e-3, rtol=1e-3)
+    images = torch.randn(3, 3, 32, 32)
+    logits = model(images)
+    with torch.no_grad():  # neither the scale nor the mean of a filter matters
+        for convolution in convolutions:
+            (trained,) = convolution.parameters()
+            trained.mul_(torch.rand(len(trained), 1, 1, 1) + 0.5).add_(0.1)
+    torch.testing.assert_close(model(images), logits, atol=1e-3, rtol=1e-3)
+    plain = ResNet18(7, width=8)
+    assert all(type(m.weight) is nn.Parameter for m in plain.modules() if isinstance(m, nn.Conv2d))
+
+
 def test_model_prints_its_table():
     table = succeed(model_script)
     assert table.startswith("ResNet18\n") and "11,173,962" in table and "512 x 4 x 4" in table
@@ -667,10 +687,15 @@ def test_bad_checkpoints_are_refused_and_run_no_code(finished, tmp_path):
     assert not Path("/tmp/malicious-code-has-run").exists()
     _, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
     wrong_norm = {**checkpoint["settings"], "norm": "layer"}
+    plain = {
+        name.replace("parametrizations.weight.original", "weight"): of
+        for name, of in ResNet18(2, "layer", 8).state_dict().items()
+    }  # before weights were standardised
     for state, words in (
         ({"model": {}}, "another kind or version"),
         ([1, 2], "another kind or version"),
         ({**checkpoint, "settings": wrong_norm}, "another network"),
+        ({**checkpoint, "settings": wrong_norm, "model": plain}, "another network"),
         ({**checkpoint, "model": {"a": 1}}, "another network"),
         ({**checkpoint, "model": [1]}, "another network"),
     ):
@@ -1622,6 +1647,10 @@ def test_a_report_leaves_out_what_the_run_has_not(reported, tmp_path):
     errors, c["confusion"] = 16 - round(16 * c["test_accuracy"]), [[7, 1], [2, 6]]  # as if counted elsewhere
     text = gradcam.make_report(c, [], "", [], f"{errors} of 16 test images are misclassified", "layer3")
     assert headline in text and "in the test after the training it was 3.)" in text
+    c["settings"]["norm"] = "layer"
+    layer_text = gradcam.make_report(c, [], "", [], "3 of 16 test images are misclassified", "layer3")
+    assert "standardised filters" in layer_text and "standardised" not in text
+    c["settings"]["norm"] = "batch"
     c["augmentation"]["my own"] = "Blur(p=0.5)"  # by one more entry in data.augmentations
     for key in ("test_accuracy", "mirrored_accuracy", "class_accuracy", "confusion", "training_seconds"):
         del c[key]  # as of a run that has not ended
