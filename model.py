@@ -63,7 +63,7 @@ class ResNet18(nn.Module):
 
     feature     nn.Sequential of the stages stem, layer1, layer2, layer3, layer4
     classifier  global average pool, flatten, linear
-    norm        a key of NORMS; any other raises KeyError
+    norm        a key of NORMS, any other raises KeyError; "layer" also standardises the convolutions' filters
     width       channels of the stem; 64 is ResNet18, with 11,173,962 parameters for ten classes
     """
 
