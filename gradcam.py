@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 import data
 import utils
@@ -256,8 +257,9 @@ def make_report(run: dict, history: list, commands: str, mistakes: list, share, 
     It states nothing that the run has not left: without a test, say, the figures of the test are missing.
     """
     norm, classes = run["settings"]["norm"], run["classes"]
-    filters = " and standardised filters (Qiao et al. 2019, arXiv:1903.10520)" if norm == "layer" else ""
     model = ResNet18(len(classes), norm, run["settings"]["width"]).eval()
+    standardised = is_parametrized(model.feature.stem[0])
+    filters = " and standardised filters (Qiao et al. 2019, arXiv:1903.10520)" if standardised else ""
     tested = "test_accuracy" in run
     page = [
         f"# {escape(run['title'])}",

@@ -83,7 +83,7 @@ class ResNet18(nn.Module):
         linear = nn.Linear(channels, classes)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
         if norm == "layer":
-            # After a ReLU all channels are positive, so the sum that a filter makes of them has a large part
+            # After a ReLU no channel is negative, so the sum that a filter makes of them has a large part
             # that is the same for every image. Batch normalisation subtracts it, channel by channel; layer
             # normalisation cannot, and learns slowly. A filter of mean zero hardly lets it arise.
             for convolution in [m for m in self.feature.modules() if isinstance(m, nn.Conv2d)]:

@@ -1007,7 +1007,8 @@ def test_a_finished_run_is_prolonged_from_its_end_not_from_its_best_epoch(images
     flags = ("--data", images, *TINY, "--output")
     succeed(train, *flags, tmp_path / "whole", "--epochs", 3)
     succeed(train, *flags, tmp_path / "prolonged", "--epochs", 2)
-    succeed(train, "--output", tmp_path / "prolonged", "--resume", "--epochs", 3)
+    log = succeed(train, "--output", tmp_path / "prolonged", "--resume", "--epochs", 3)
+    assert "Going on: 2 of 3 epochs are saved." in log
     assert_same_run(tmp_path / "whole", tmp_path / "prolonged")
 
 

@@ -54,7 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--limit", type=number(int, 2), help="use only so many training images, validation included")
     techniques = list(data.augmentations(mean=[0, 0, 0]))  # only their names are needed
     add("--without", nargs="+", choices=techniques, default=[], help="techniques to leave out")
-    add("--norm", choices=NORMS, default="batch", help="normalisation layers")
+    add("--norm", choices=NORMS, default="batch", help="normalisation; layer: with standardised filters")
     add("--width", type=number(int, 1, 1024), default=WIDTH, help="channels of the stem")
     add("--workers", type=number(int, 0, 64), help="processes that augment; else 1, on a GPU up to 16")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
@@ -224,6 +224,7 @@ def resume(args: argparse.Namespace, state: dict, about: dict, training: Trainin
         raise utils.RunError(f"--data {args.data}: not the images that the run was started with")
     training.load_state_dict(state["training"])
     remove(args.output, [])
+    print(f"Going on: {len(state['history'])} of {args.epochs} epochs are saved.")
     return state["history"], state["best"], state["mtime"]
 
 
