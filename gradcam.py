@@ -41,6 +41,10 @@ HOW_TO_READ = f"""for what the network said and for what is true: the activation
 each channel weighted by the mean gradient of the class's score, and what is positive is kept. {LEGEND} Each
 map has a scale of its own, so two of them do not tell which class had more evidence. A cell of a map has seen
 much of the image around it: a pink place beside the object may still speak of the object."""
+NORM_NAMES = {
+    "batch": "batch normalisation (Ioffe and Szegedy 2015, arXiv:1502.03167)",
+    "layer": "layer normalisation (Ba et al. 2016, arXiv:1607.06450)",
+}
 REFERENCES = """* K. He et al.: Deep Residual Learning, 2015, https://arxiv.org/abs/1512.03385
 * R. Selvaraju et al.: Grad-CAM, 2017, https://arxiv.org/abs/1610.02391
 * T. DeVries, G. Taylor: Cutout, 2017, https://arxiv.org/abs/1708.04552
@@ -114,13 +118,13 @@ class GradCAM(nn.Module):
 def load_model(path: str | Path) -> tuple[ResNet18, dict]:
     """The network of a checkpoint, on the CPU, for evaluation; and the checkpoint. Raises RunError."""
     checkpoint = utils.load_checkpoint(Path(path), "settings", "name", "classes", "mean", "std", "model")
-    settings = {"width": WIDTH, **checkpoint["settings"]}
+    settings = {"width": WIDTH, **checkpoint["settings"]}  # an older version had neither width nor title
     model = ResNet18(len(checkpoint["classes"]), settings["norm"], settings["width"])
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError):
         raise utils.RunError(f"{path} is of another network: name another, or train again") from None
-    return model.eval(), checkpoint
+    return model.eval(), {"title": model.name, **checkpoint}
 
 
 def explain(model: ResNet18, layer: str, images: np.ndarray, labels: torch.Tensor, normalize) -> np.ndarray:
@@ -183,7 +187,8 @@ def explain_pictures(paths: list[str], model, checkpoint: dict, layer: str, norm
         print(f"{path}: {'; '.join(named)}")
         titles.append((f"{Path(path).name}\n(then {named[2]})" if named[2:] else Path(path).name, *named[:2]))
     maps = explain(model, layer, images, labels[:, :2], normalize)
-    return plot_heatmaps(list(images), maps, titles, f"Grad-CAM ({layer}) of own pictures, {model.name}")
+    heading = f"Grad-CAM ({layer}) of own pictures\n{checkpoint['title']}"
+    return plot_heatmaps(list(images), maps, titles, heading)
 
 
 def escape(text: str) -> str:
@@ -219,7 +224,7 @@ def techniques(run: dict, layer: str) -> str:
     return table(
         ("technique", "what it does", "in this run"),
         *((*AUGMENTATIONS.get(name, (name, "")), used) for name, used in run["augmentation"].items()),
-        ("normalisation", "gives each channel mean 0 and deviation 1", f"mean {mean}, deviation {std}"),
+        ("normalised images", "each colour has mean 0 and deviation 1", f"mean {mean}, deviation {std}"),
         ("label smoothing", "asks for less than full certainty", f"share {smoothing:g}"),
         ("SGD", "steps against the gradient of a batch, with momentum", run["optimizer"]),
         ("averaging", "validates, tests and keeps an average of the weights", run["average"]),
@@ -256,8 +261,8 @@ def make_report(run: dict, history: list, commands: str, mistakes: list, share, 
 
     It states nothing that the run has not left: without a test, say, the figures of the test are missing.
     """
-    norm, classes = run["settings"]["norm"], run["classes"]
-    model = ResNet18(len(classes), norm, run["settings"]["width"]).eval()
+    settings, classes = run["settings"], run["classes"]
+    model = ResNet18(len(classes), settings["norm"], settings["width"]).eval()
     standardised = is_parametrized(model.feature.stem[0])
     filters = " and standardised filters (Qiao et al. 2019, arXiv:1903.10520)" if standardised else ""
     tested = "test_accuracy" in run
@@ -267,10 +272,10 @@ def make_report(run: dict, history: list, commands: str, mistakes: list, share, 
         highlights(run, history),
         f"```\n{commands}\n```",
         "## About the model",
-        f"{model.name} (He et al. 2015), with {norm} normalisation{filters}, is eight residual blocks in "
-        "four stages. In each, two 3x3 convolutions learn what must be added to their input, which a "
-        "shortcut carries past them. A linear layer turns the averages of the last activations into a score "
-        f"for each of the {len(classes)} classes.",
+        f"{model.name} (He et al. 2015), with {NORM_NAMES[settings['norm']]}{filters}, is eight "
+        "residual blocks in four stages. In each, two 3x3 convolutions learn what must be added to their "
+        "input, which a shortcut carries past them. A linear layer turns the averages of the last "
+        f"activations into a score for each of the {len(classes)} classes.",
         f"```\n{summary(model)}\n```",
         "## Techniques used",
         techniques(run, layer),
@@ -378,7 +383,7 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
     # Why? Each image twice: for the predicted class and for the true one.
     output.mkdir(parents=True, exist_ok=True)
     order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
-    heading = f"misclassified test images of {test.name}, {model.name}, {order}"
+    heading = f"misclassified test images of {test.name}, {order}\n{checkpoint['title']}"
     layer, pictures, ending = args.layer or ERROR_LAYER, [], free_ending(output)
     if mistakes:
         images = [m.image for m in mistakes]

@@ -1108,7 +1108,7 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images, tmp_
     assert (finished / "last.pt").read_bytes() == before
 
 
-def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp_path, capsys):
+def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp_path, monkeypatch, capsys):
     flags = ("--data", images, "--output", tmp_path, *TINY, "--epochs", 1, "--without", "crop", "cutout")
     assert "ResNet18 of width 8 on" in (log := succeed(train, *flags)) and "without crop and cutout" in log
     model, checkpoint = gradcam.load_model(tmp_path / "checkpoint.pt")
@@ -1118,12 +1118,16 @@ def test_a_narrow_network_or_a_missing_technique_is_named_everywhere(images, tmp
     assert checkpoint["command"].endswith(
         "--without crop cutout --width 8 --workers 0 --device cpu --precision fp32"
     )
+    headings, plot_grid = [], utils.plot_grid
+    monkeypatch.setattr(utils, "plot_grid", lambda *rest: headings.append(rest[3]) or plot_grid(*rest))
+    succeed(gradcam, "--checkpoint", tmp_path / "checkpoint.pt")
+    assert len(headings) == 2 and all(checkpoint["title"] in heading for heading in headings)
     checkpoint["settings"] |= {"width": 64, "device": "auto"}
     train.print_header(checkpoint, tmp_path, CPU)
     assert "No GPU is in use" in capsys.readouterr().out
     del checkpoint["settings"]["width"]  # as of a run before there was a choice
     checkpoint["model"] = ResNet18(2).state_dict()
-    del checkpoint["command"]
+    del checkpoint["command"], checkpoint["title"]
     torch.save(checkpoint, tmp_path / "older.pt")
     assert "report" not in succeed(gradcam, "--checkpoint", tmp_path / "older.pt", "--n", 1)
     assert gradcam.load_model(tmp_path / "older.pt")[0].name == "ResNet18"
@@ -1507,8 +1511,9 @@ def test_own_pictures_are_explained_as_the_network_saw_them(finished, images, tm
         flags = ("--checkpoint", finished / "checkpoint.pt", "--output", tmp_path)
         log = succeed(gradcam, *flags, "--image", tmp_path / "my dog.jpg", images / "test/cat/0.png")
     (tiles, titles, _, heading, heats), seen = figures[0], data.read_image(tmp_path / "my dog.jpg")
-    assert all((tile == seen).all() for tile in tiles[:3]) and len(tiles) == 6 and "layer4" in heading
+    assert all((tile == seen).all() for tile in tiles[:3]) and len(tiles) == 6
     model, checkpoint = gradcam.load_model(finished / "checkpoint.pt")
+    assert "layer4" in heading and checkpoint["title"] in heading
     image = data.Normalize(checkpoint["mean"], checkpoint["std"])(torch.from_numpy(seen[None]))
     probabilities, labels = model(image).softmax(1).topk(2)
     said = [
