@@ -42,6 +42,7 @@ CUTOUT_SIZE = 16  # pixels, the side of the square hole
 CUTOUT_PROBABILITY = 0.5  # it hides a quarter of the image, so half of the images stay whole
 
 IMAGE_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif")
+PICTURE_SEED = 8  # of the picture of the augmentations: a draw in which each of them can be seen
 FRAME = ((1, 1), (1, 1), (0, 0))  # pixels around an image in a picture of many
 CIFAR10_NAME = "CIFAR-10"
 DEFAULT_FOLDER = "data"  # where CIFAR-10 is, or is downloaded to
@@ -238,7 +239,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for values in [0, 1].
 
     CIFAR-10 has 0.4914 0.4822 0.4465 and 0.2470 0.2435 0.2616. The widely copied 0.2023 0.1994 0.2010 are
-    means of each image's own deviation, too small by a fifth.
+    means of each image's own standard deviation, too small by a fifth.
     """
     counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
     shares, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
@@ -248,7 +249,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 class Normalize(nn.Module):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and deviation 1, in the device's memory format."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 of mean 0 and standard deviation 1."""
 
     def __init__(self, mean: list[float], std: list[float]):
         """Mean and standard deviation of the three channels, for values in [0, 1]."""
@@ -331,7 +332,7 @@ def prepare_worker(_: int) -> None:
 def train_loader(split: Split, techniques: dict, batch_size: int, seed: int, workers: int | None, device):
     """A DataLoader of augmented batches, images (B, 32, 32, 3) uint8, labels (B,) int64, for a `with` block.
 
-    Set its `.sampler.epoch` before each epoch. workers: None is 1; with a GPU up to 16, on Windows 4. Raises
+    Set its `.sampler.epoch` before each epoch. workers: None is 1; for CUDA up to 16, on Windows 4. Raises
     RunError when there is too little shared memory for them.
     """
     on_gpu = device.type == "cuda"
@@ -367,10 +368,10 @@ def plot_augmentations(train: Split, techniques: dict[str, list]) -> Figure:
         title = f"{technique}\n{type(transforms[-1]).__name__}\nin training p = {transforms[-1].p}"
         columns[title] = images
         for transform in transforms:  # called one by one, with force_apply in spite of p
-            transform.set_random_state(np.random.default_rng(0), random.Random(0))
+            transform.set_random_state(np.random.default_rng(PICTURE_SEED), random.Random(PICTURE_SEED))
             columns[title] = [transform(image=image, force_apply=True)["image"] for image in columns[title]]
     together = compose(techniques)
-    together.set_random_state(np.random.default_rng(0), random.Random(0))
+    together.set_random_state(np.random.default_rng(PICTURE_SEED), random.Random(PICTURE_SEED))
     for draw in (1, 2):
         columns[f"all together,\ndraw {draw}"] = [together(image=image)["image"] for image in images]
     framed = [[np.pad(image, FRAME, constant_values=255) for image in column] for column in columns.values()]

@@ -6,7 +6,6 @@ python gradcam.py --image cat.jpg        a picture of your own
 """
 
 import csv
-import hashlib
 import itertools
 import re
 from pathlib import Path
@@ -207,7 +206,7 @@ def highlights(run: dict, history: list[dict]) -> str:
     if "test_accuracy" in run:
         rows += [
             ("test accuracy", f"{run['test_accuracy']:.2%}"),
-            ("averaged with the mirrored image", f"{run['mirrored_accuracy']:.2%}"),
+            ("averaged with the mirrored image (test-time augmentation)", f"{run['mirrored_accuracy']:.2%}"),
             ("training time", utils.clock(run["training_seconds"])),
         ]
     rows.append(("validation accuracy", f"{run['val_accuracy']:.2%} in epoch {run['epoch']}, which is kept"))
@@ -224,10 +223,10 @@ def techniques(run: dict, layer: str) -> str:
     return table(
         ("technique", "what it does", "in this run"),
         *((*AUGMENTATIONS.get(name, (name, "")), used) for name, used in run["augmentation"].items()),
-        ("normalised images", "each colour has mean 0 and deviation 1", f"mean {mean}, deviation {std}"),
+        ("normalised images", "each channel has mean 0 and standard deviation 1", f"from {mean} and {std}"),
         ("label smoothing", "asks for less than full certainty", f"share {smoothing:g}"),
         ("SGD", "steps against the gradient of a batch, with momentum", run["optimizer"]),
-        ("averaging", "validates, tests and keeps an average of the weights", run["average"]),
+        ("averaging", "validates, tests and keeps the moving average of the weights (EMA)", run["average"]),
         ("ReduceLROnPlateau", "cuts the rate when the validation loss stops falling", plateau),
         ("Grad-CAM", "shows which places of an image speak for a class", layer),
     )
@@ -248,7 +247,10 @@ def class_results(run: dict) -> list[str]:
 
 
 def training_log(history: list[dict]) -> str:
-    rows = [("epoch", "learning rate", "training loss", "accuracy", "validation loss", "accuracy", "time")]
+    head = (
+        "epoch, learning rate, training loss, training accuracy, validation loss, validation accuracy, time"
+    )
+    rows = [head.split(", ")]
     form = "{lr:.3g} {train_loss:.4f} {train_accuracy:.2%} {val_loss:.4f} {val_accuracy:.2%}"
     for row in history:
         values = {name: float(value) for name, value in row.items()}
@@ -305,19 +307,11 @@ def make_report(run: dict, history: list, commands: str, mistakes: list, share, 
     return "\n\n".join([*page, "## References", REFERENCES]) + "\n"
 
 
-def seal(content: bytes) -> bytes:
-    """A line, invisible when rendered, by which a report is known that nobody has edited."""
-    return f"<!-- by gradcam.py; SHA-256 of what follows: {hashlib.sha256(content).hexdigest()} -->".encode()
-
-
 def free_ending(output: Path) -> str:
     """The ending of the names of report and pictures: "", or where a report was edited "-2" and so on."""
     for ending in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
-        path = output / f"report{ending}.md"
-        # An editor or git on Windows may have changed the line endings, and nothing else.
-        content = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
-        first_line, _, rest = content.partition(b"\n")
-        if not content or first_line == seal(rest):
+        report = output / f"report{ending}.md"
+        if not report.exists() or utils.is_unedited(report):
             return ending
 
 
@@ -336,14 +330,14 @@ def write_report(args, checkpoint, output: Path, ending: str, mistakes, share, l
     text = make_report(checkpoint, list(csv.DictReader(rows)), commands, mistakes, share, layer, ending)
     there = {path.name for path in output.iterdir()}
     text = re.sub(r"!\[.*\]\((.*)\)\n\n", lambda link: link[0] if link[1] in there else "", text)
-    utils.write(output / f"report{ending}.md", seal(text.encode()) + b"\n" + text.encode())
+    utils.write(output / f"report{ending}.md", utils.seal(text.encode()) + b"\n" + text.encode())
     return [f"report{ending}.md"]
 
 
 def get_parser() -> utils.Parser:
     parser = utils.Parser("Show why the network errs.")
     add = parser.add_argument
-    add("--n", type=utils.number(int, 1, 100), default=10, help="misclassified images to show")
+    add("--n", type=utils.number(int, 1, 100), default=10, help="misclassified images to show, 1 to 100")
     add("--image", nargs="+", help="explain these files instead")
     add("--checkpoint", type=Path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), help="pick at random, else the most confident errors")
@@ -356,6 +350,8 @@ def get_parser() -> utils.Parser:
 
 def explain_errors(args, model, checkpoint: dict, output: Path, normalize, precision) -> None:
     """Draw the network's errors on the test set, and write the report. Raises RunError."""
+    if output.resolve() != args.checkpoint.parent.resolve() and (output / "checkpoint.pt").exists():
+        raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
     root, classes = args.data or checkpoint["settings"]["data"], checkpoint["classes"]
     test = data.load_split(root, "test")
     if test.classes != classes:
@@ -393,8 +389,9 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
         titles = [(f"test image {m.index}", m.said, f"is {m.true}") for m in mistakes]
         heatmaps = plot_heatmaps(images, maps, titles, f"Grad-CAM ({layer}) of {heading}")
         pictures = [output / f"misclassified{ending}.png", output / f"gradcam{ending}.png"]
-        for figure, path in zip((grid, heatmaps), pictures, strict=True):
-            utils.save_figure(figure, path)
+        # First both are drawn, which takes seconds: a stop must not leave one new and one old.
+        for path, content in zip(pictures, [utils.render(grid), utils.render(heatmaps)], strict=True):
+            utils.write(path, content)
 
     written = [path.name for path in pictures]
     written += write_report(args, checkpoint, output, ending, mistakes, share, layer)

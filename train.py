@@ -12,9 +12,11 @@ import io
 import math
 import sys
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -35,7 +37,7 @@ SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
 CAN_CHANGE = {"data", "epochs", "workers", "device", "precision", "compile"}  # settings, by --resume
 OUTPUT_FILES = ["checkpoint.pt", "last.pt", "history.csv", "augmentations.png", "curves.png", "confusion.png"]
-GRADCAM_FILES = ["misclassified.png", "gradcam.png", "own.png"]
+GRADCAM_FILES = ["misclassified.png", "gradcam.png", "own.png", "report.md"]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -48,7 +50,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 1e-9, 1e6), default=0.1, help="learning rate after the warm-up")
     add("--weight-decay", type=number(float, 0, 0.9), default=5e-4, help="L2 penalty")
     add("--factor", type=number(float, 0.001, 0.999), default=0.3, help="multiplies the rate at a plateau")
-    add("--patience", type=number(int, 0), default=1, help="epochs without progress tolerated before it")
+    add(
+        "--patience",
+        type=number(int, 0),
+        default=1,
+        help="epochs without progress that are let pass before it",
+    )
     add("--label-smoothing", type=number(float, 0, 0.9), default=0.1, help="share spread over all classes")
     add("--val-split", type=number(float, 0.001, 0.9), default=0.1, help="share kept for validation")
     add("--limit", type=number(int, 2), help="use only so many training images, validation included")
@@ -56,11 +63,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--without", nargs="+", choices=techniques, default=[], help="techniques to leave out")
     add("--norm", choices=NORMS, default="batch", help="normalisation; layer: with standardised filters")
     add("--width", type=number(int, 1, 1024), default=WIDTH, help="channels of the stem")
-    add("--workers", type=number(int, 0, 64), help="processes that augment; else 1, on a GPU up to 16")
+    add("--workers", type=number(int, 0, 64), help="processes that augment; else 1, for CUDA up to 16")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
     add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="number format")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    switch = argparse.BooleanOptionalAction  # --no-compile: a run can be resumed without it
+    add("--compile", action=switch, default=False, help="torch.compile: a slow start, then faster steps")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
     group.add_argument("--overwrite", action="store_true", help="replace the run in OUTPUT")
@@ -71,14 +79,15 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     """The settings and, with --resume, the saved state to go on from. Raises RunError."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    last = args.output / "last.pt"
-    if not args.resume and (args.overwrite or not last.exists()):
+    if args.overwrite:
         return args, None
+    last = args.output / "last.pt"
     # Before it is read, so that save() notices should another run write it now.
     mtime = last.stat().st_mtime_ns if last.exists() else 0
-    state = utils.load_checkpoint(last, "settings", "training", "history", "best", "classes", "mean", "std")
+    keys = ("settings", "training", "history", "labels")  # an older version had no labels
+    state = utils.load_checkpoint(last, *keys) if args.resume or mtime else None
     if not args.resume:
-        if state["history"]:
+        if state and state["history"] or (args.output / "checkpoint.pt").exists():
             raise utils.RunError(f"{args.output} holds a run: use --resume, --overwrite or another --output")
         return args, None
     parser.set_defaults(**state["settings"])
@@ -166,7 +175,10 @@ def validate(model: ResNet18, split: data.Split, normalize, criterion, precision
 
 
 def final_test(model: ResNet18, split: data.Split, normalize, precision: torch.dtype) -> dict:
-    """Accuracies in [0, 1] and the confusion matrix, rows of counts (true class, predicted class)."""
+    """Accuracies in [0, 1] and the confusion matrix, rows of counts (true class, predicted class).
+
+    mirrored_accuracy is with test-time augmentation: an image and its mirror image vote together.
+    """
     logits, labels = utils.predict(model, split, normalize, precision)
     mirrored = split._replace(images=split.images[:, :, ::-1].copy())
     mirrored_logits, _ = utils.predict(model, mirrored, normalize, precision)
@@ -210,21 +222,39 @@ def save(output: Path, mtime: int, about: dict, training: Training, history: lis
 
 
 def begin(output: Path, about: dict, training: Training) -> int:
-    """Make the folder of a new run, remove an earlier one from it, and write the first last.pt: see save."""
+    """Make the folder of a new run, remove an earlier one from it, and write the first last.pt: see save.
+
+    A report that the user has edited stays, with its pictures of errors.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    remove(output, OUTPUT_FILES + GRADCAM_FILES)
+    names = [*OUTPUT_FILES, "own.png"]
+    for report in [output / "report.md", *output.glob("report-[0-9]*.md")]:
+        if not report.exists() or utils.is_unedited(report):
+            ending = report.stem.removeprefix("report")
+            names += [report.name, f"misclassified{ending}.png", f"gradcam{ending}.png"]
+    remove(output, names)
     return save(output, 0, about, training, [], None)
 
 
 def resume(args: argparse.Namespace, state: dict, about: dict, training: Training) -> tuple:
-    """Restore `training` from a saved state. Returns history, best and mtime. Raises RunError."""
+    """Restore `training` from a saved state; `about` then tells where all epochs ran, not only the next.
+
+    Returns history, best and mtime. Raises RunError.
+    """
     statistics = [torch.tensor(of["mean"] + of["std"]) for of in (state, about)]
     # allclose: another machine may add up the pixels in another order.
-    if state["classes"] != about["classes"] or not torch.allclose(*statistics):
-        raise utils.RunError(f"--data {args.data}: not the images that the run was started with")
+    same = all(state[key] == about[key] for key in ("classes", "labels")) and torch.allclose(*statistics)
+    if not same:  # in another order, other images would be for validation
+        raise utils.RunError(f"--data {args.data}: not the images of the run, or not in the same order")
     training.load_state_dict(state["training"])
     remove(args.output, [])
-    print(f"Going on: {len(state['history'])} of {args.epochs} epochs are saved.")
+    epochs = len(state["history"])
+    for key in ("hardware", "versions"):
+        if epochs == args.epochs or epochs and state[key].endswith(about[key]):
+            about[key] = state[key]
+        elif epochs:
+            about[key] = f"{state[key]}; from epoch {epochs + 1} {about[key]}"
+    print(f"Going on: {epochs} of {args.epochs} epochs are saved.")
     return state["history"], state["best"], state["mtime"]
 
 
@@ -262,9 +292,11 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
         "command": command(args),
         "augmentation": {name: ", ".join(map(repr, parts)) for name, parts in techniques.items()},
         "optimizer": f"{rates}; {args.batch_size} images a step; the rate rises during {WARMUP_STEPS} steps",
-        "average": f"exponential, decay 1 - 1/{steps}, as an epoch has {steps} steps",
+        "average": f"exponential, decay 1 - 1/(steps of an epoch) = 1 - 1/{steps}",
         "plateau": training.plateau.state_dict(),  # for its settings: factor, patience, threshold, min_lrs
         "settings": settings,
+        "steps": steps * args.epochs,
+        "labels": zlib.crc32(train.labels.astype(np.int64)),  # tells another order of the images
         **{"name": train.name, "classes": train.classes, "mean": mean, "std": std},
     }
 
@@ -275,10 +307,16 @@ def print_header(about: dict, output: Path, device: torch.device) -> None:
     print(f"output      {output}; after a stop: python train.py --resume --output {utils.quote(output)}")
     if device.type == "cpu" and about["settings"]["device"] == "auto":
         if about["settings"]["width"] == WIDTH:
-            print("No GPU is in use: with one an epoch takes seconds. On a CPU, --width 16 takes a quarter")
-            print("of the time or less and is about 4 points less accurate on CIFAR-10 (see README).")
+            print(
+                "No GPU is in use; one would be far faster. On a CPU, --width 16 takes a quarter of the time"
+            )
+            print("or less and is about 4 points less accurate on CIFAR-10 (see README).")
         if not torch.version.cuda and not torch.version.hip and sys.platform != "darwin":
             print("This PyTorch was built without CUDA; with it: https://pytorch.org/get-started/locally")
+    if about["steps"] < WARMUP_STEPS:
+        print(
+            f"{about['steps']} steps in all, but the learning rate rises for {WARMUP_STEPS}: use more epochs"
+        )
     print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
 
 
@@ -298,7 +336,7 @@ def print_result(result: dict, output: Path) -> None:
     print(f"\nTest accuracy on {result['name']}: {accuracy:.2%}, with the weights of epoch {epoch}")
     for name, share in zip(result["classes"], result["class_accuracy"], strict=True):
         print(f"    {utils.pad(name, 12)} {share:8.2%}")
-    print(f"Averaged with the mirrored image: {result['mirrored_accuracy']:.2%}")
+    print(f"Averaged with the mirrored image (test-time augmentation): {result['mirrored_accuracy']:.2%}")
     print(f"Trained for {utils.clock(result['training_seconds'])}.")
     print(f"Written to {output}: {', '.join(OUTPUT_FILES)}")
     print(f"Next: python gradcam.py --n 10 --checkpoint {utils.quote(output / 'checkpoint.pt')}")

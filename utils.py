@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import math
 import os
@@ -79,8 +80,8 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """ "auto" takes bfloat16 where the hardware computes in it, float16 on older CUDA GPUs, else float32."""
-    if name == "fp16" and device.type == "cpu":
-        raise RunError("--precision fp16 needs a GPU (on a CPU it is slow): choose auto, fp32 or bf16")
+    if name == "fp16" and device.type != "cuda":
+        raise RunError("--precision fp16 needs a GPU with CUDA: choose auto, fp32 or bf16")
     if name != "auto":
         return PRECISIONS[name]
     if device.type == "cuda":
@@ -143,8 +144,20 @@ def write(path: Path, content: bytes, needed: bool = True) -> None:
     print(f"{message}: the run goes on without it")
 
 
-def save_figure(figure: Figure, path: Path, needed: bool = True) -> None:
-    """Write a matplotlib Figure as PNG. Raises RunError, or says so in a line if it is not `needed`."""
+def seal(content: bytes) -> bytes:
+    """A line, invisible when rendered, by which a report is known that nobody has edited."""
+    return f"<!-- by gradcam.py; SHA-256 of what follows: {hashlib.sha256(content).hexdigest()} -->".encode()
+
+
+def is_unedited(report: Path) -> bool:
+    """Whether the file is what gradcam.py wrote, a seal and what it seals."""
+    # An editor or git on Windows may have changed the line endings, and nothing else.
+    first_line, _, rest = report.read_bytes().replace(b"\r\n", b"\n").partition(b"\n")
+    return first_line == seal(rest)
+
+
+def render(figure: Figure) -> bytes:
+    """A matplotlib Figure as PNG."""
     known = get_font(findfont(FontProperties())).get_charmap()
     characters = {character for text in figure.findobj(Text) for character in text.get_text()} - {"\n"}
     report_unknown("".join(sorted(c for c in characters if ord(c) not in known)))
@@ -152,7 +165,12 @@ def save_figure(figure: Figure, path: Path, needed: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # one for each character and each time
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    write(path, buffer.getbuffer(), needed)
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, needed: bool = True) -> None:
+    """Write it as PNG. Raises RunError, or says so in a line if it is not `needed`."""
+    write(path, render(figure), needed)
 
 
 @functools.cache  # once, though they are in every figure of a run
@@ -251,11 +269,14 @@ def show(*paths: Path) -> None:
         display(*[Image(filename=path) for path in paths if path.exists()])
 
 
-HINTS = {  # what an error of PyTorch says: what the user can do
+TOO_LITTLE_MEMORY = "there is too little memory: choose a smaller --batch-size or fewer --workers"
+HINTS = {  # what type and first line of an error of PyTorch say: what the user can do
     "no kernel image": "this GPU is too old for this PyTorch: use --device cpu, or an older PyTorch",
-    "memory": "there is too little memory: choose a smaller --batch-size or fewer --workers",
+    "memoryerror": TOO_LITTLE_MEMORY,
+    "out of memory": TOO_LITTLE_MEMORY,
+    "allocate": TOO_LITTLE_MEMORY,
     "terminated": "stopped from outside",
-    "dataloader": "a worker process died, perhaps for lack of memory: use fewer --workers, or 0",
+    "dataloader worker (pid": "a worker process died, perhaps for lack of memory: use fewer --workers, or 0",
     "loading state_dict": "the saved weights are of another network: train again with --overwrite",
     "torch._dynamo": "--compile does not work here, leave it out",
     "torch._inductor": "--compile does not work here, leave it out",
@@ -283,7 +304,7 @@ def explained_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         for words, hint in HINTS.items():
-            if words in f"{type(error)} {error}".lower():
+            if words in f"{type(error)} {first_line}".lower():
                 raise RunError(f"{hint} ({first_line})") from error
         raise
 
@@ -354,15 +375,17 @@ def plot_confusion(result: dict, title: str) -> Figure:
     with_counts = len(classes) <= 20  # more numbers could not be read
     size = 2 + (max(3.5, 0.62 * len(classes)) if with_counts else 0.16 * len(classes))  # inches
     figure = Figure(figsize=(size + 1.6, size), layout="constrained")
+    figure.suptitle(wrap(title, 0.95 * 72 * (size + 1.6), size=12))
     axis = figure.subplots()
     # The root makes an error of one percent visible beside a diagonal of 95.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), shrink=0.8)
     fontsize = 10 if with_counts else 8
+    classes = [wrap(name, 100, fontsize) for name in classes]
     axis.set_xticks(range(len(classes)), classes, rotation=45 if with_counts else 90, fontsize=fontsize)
     names = [f"{name}  {shares[i, i]:.1%}" for i, name in enumerate(classes)]
     axis.set_yticks(range(len(classes)), names, fontsize=fontsize)
-    axis.set(title=title, xlabel="predicted class", ylabel="true class and its accuracy")
+    axis.set(xlabel="predicted class", ylabel="true class and its accuracy")
     if with_counts:
         axis.set_xticklabels(classes, ha="right", rotation_mode="anchor")
         for true, predicted in confusion.nonzero().tolist():
@@ -396,6 +419,7 @@ def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps:
     height = TILE * rows + 0.15 * sum(lines) + 0.2 * (heading.count("\n") + 2)
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(heading, fontsize=11)
+    figure.get_layout_engine().set(h_pad=0.08)  # inches; else the heading touches the titles below it
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis in axes:
         axis.axis("off")
@@ -408,7 +432,10 @@ def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps:
             pink = np.dstack([np.full((*heat.shape, 3), PINK), HEAT_OPACITY * heat])
             axis.imshow(pink, interpolation="bilinear")
             if heat.any():
-                line = axis.contour(heat, levels=[0.5], colors="white", linewidths=1)
+                # With a margin of zeros the line goes along the edge where else it would end there.
+                height, width = heat.shape
+                places = [np.clip(range(-1, size + 1), -0.4, size - 0.6) for size in (width, height)]
+                line = axis.contour(*places, np.pad(heat, 1), levels=[0.5], colors="white", linewidths=1)
                 line.set_path_effects([withStroke(linewidth=2, foreground="black")])
             else:
                 axis.set_title(f"{title}\n(nothing speaks for it)", fontsize=9)
