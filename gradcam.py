@@ -247,10 +247,8 @@ def class_results(run: dict) -> list[str]:
 
 
 def training_log(history: list[dict]) -> str:
-    head = (
-        "epoch, learning rate, training loss, training accuracy, validation loss, validation accuracy, time"
-    )
-    rows = [head.split(", ")]
+    losses = ("training loss", "training accuracy", "validation loss", "validation accuracy")
+    rows = [("epoch", "learning rate", *losses, "time")]
     form = "{lr:.3g} {train_loss:.4f} {train_accuracy:.2%} {val_loss:.4f} {val_accuracy:.2%}"
     for row in history:
         values = {name: float(value) for name, value in row.items()}
@@ -350,8 +348,6 @@ def get_parser() -> utils.Parser:
 
 def explain_errors(args, model, checkpoint: dict, output: Path, normalize, precision) -> None:
     """Draw the network's errors on the test set, and write the report. Raises RunError."""
-    if output.resolve() != args.checkpoint.parent.resolve() and (output / "checkpoint.pt").exists():
-        raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
     root, classes = args.data or checkpoint["settings"]["data"], checkpoint["classes"]
     test = data.load_split(root, "test")
     if test.classes != classes:
@@ -389,7 +385,7 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
         titles = [(f"test image {m.index}", m.said, f"is {m.true}") for m in mistakes]
         heatmaps = plot_heatmaps(images, maps, titles, f"Grad-CAM ({layer}) of {heading}")
         pictures = [output / f"misclassified{ending}.png", output / f"gradcam{ending}.png"]
-        # First both are drawn, which takes seconds: a stop must not leave one new and one old.
+        # Both are drawn before one is written, so that a stop hardly ever leaves one new and one old.
         for path, content in zip(pictures, [utils.render(grid), utils.render(heatmaps)], strict=True):
             utils.write(path, content)
 
@@ -408,6 +404,8 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device, memory_format=utils.memory_format(device))
     normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
     output = args.output or args.checkpoint.parent
+    if output.resolve() != args.checkpoint.parent.resolve() and any(output.glob("*.pt")):
+        raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
     if not args.image:
         return explain_errors(args, model, checkpoint, output, normalize, precision)
     figure = explain_pictures(args.image, model, checkpoint, args.layer or LAYER, normalize, precision)

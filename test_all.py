@@ -959,6 +959,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cores), float32" in log
     assert "ResNet18 of width 8 on" in log and "No GPU" not in log and f"--resume --output {finished}" in log
     assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
+    assert "Only 8 steps: the learning rate rises for 200" in log
     assert "\r" not in log and re.search(r"left\n +1/2 .* 0:00:\d\d   0:00:\d\d ", log)
     with open(finished / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -1045,7 +1046,6 @@ def test_the_plateau_cuts_after_the_warmup_and_a_resumed_run_knows_how_long_it_h
     succeed(train, *flags, tmp_path / "resumed", "--epochs", 3)
     for epochs in (5, 8):
         succeed(train, "--output", tmp_path / "resumed", "--resume", "--epochs", epochs)
-        assert (tmp_path / "resumed/last.pt").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
@@ -1124,9 +1124,13 @@ def test_a_finished_run_is_refused_and_overwritten_only_when_told(finished, imag
     before = {path: path.read_bytes() for path in run.iterdir()}
     flags = ("--output", run, *TINY)
     assert_one_line_error(call(train, *flags, "--data", images), 1, "holds a run", "--resume", "--overwrite")
-    (run / "last.pt").rename(run / "last")  # as if deleted to save space
-    assert_one_line_error(call(train, *flags, "--data", images), 1, "holds a run", "--overwrite")
-    (run / "last").rename(run / "last.pt")
+    for names in (["last.pt"], ["checkpoint.pt", "last.pt"]):  # as if deleted to save space
+        for name in names:
+            (run / name).rename(run / f"{name}.away")
+        done = call(train, *flags, "--data", images)
+        assert_one_line_error(done, 1, "holds a run: use --overwrite or another")
+        for name in names:
+            (run / f"{name}.away").rename(run / name)
     assert_one_line_error(call(train, *flags, "--data", tmp_path / "none", "--overwrite"), 1, "no folder")
     assert_one_line_error(call(train, *flags, "--data", images, "--limit", 99, "--overwrite"), 1, "--limit")
     assert {path: path.read_bytes() for path in run.iterdir()} == before
@@ -1183,9 +1187,9 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images, tmp_
     assert_one_line_error(call(train, "--output", finished, "--resume", "--overwrite"), 2, "--overwrite")
     assert_one_line_error(call(train, "--output", finished, "--resume", "--data", "demo"), 1, "--data demo")
     assert_one_line_error(call(train, "--output", tmp_path, "--resume"), 1, "no file", "last.pt")
-    with pytest.MonkeyPatch.context() as patch:  # as in the archive of CIFAR-10, which is not sorted by class
+    with pytest.MonkeyPatch.context() as patch:  # as if the files were called otherwise
         split = data.load_split(str(images), "train")
-        patch.setattr(data, "load_split", lambda *_: split.subset(np.arange(16)[::-1]))
+        patch.setattr(data, "load_split", lambda *_: split.subset(np.r_[7:-1:-1, 8:16]))
         done = call(train, "--output", finished, "--resume")
     assert_one_line_error(done, 1, "--data", "not in the same order")
     state = utils.load_checkpoint(finished / "last.pt")
@@ -1718,6 +1722,21 @@ def test_the_report_says_what_the_run_left_and_nothing_else(reported):
     assert len(links) == 5 and all((run / link).exists() for link in links)
 
 
+def test_a_stop_while_drawing_leaves_the_earlier_pictures_together(reported, monkeypatch):
+    run, drawn, render = reported[0], [], utils.render
+    before = {path: path.read_bytes() for path in run.iterdir()}
+
+    def render_one_and_stop(figure):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(figure)
+        return render(figure)
+
+    monkeypatch.setattr(utils, "render", render_one_and_stop)
+    assert call(gradcam, "--checkpoint", run / "checkpoint.pt", "--n", 1).returncode == 130
+    assert drawn and {path: path.read_bytes() for path in run.iterdir()} == before
+
+
 def test_the_pictures_of_another_run_are_left_alone(reported, finished):
     done = call(gradcam, "--checkpoint", reported[0] / "checkpoint.pt", "--output", finished)
     assert_one_line_error(done, 1, f"{finished} holds another run", "--output")
@@ -1856,6 +1875,10 @@ def test_pages_show_every_image_once_and_texts_have_room(n, name):
     said = [axis.get_title() for axis in figure.axes if axis.get_title()][1]  # in words, at the tile itself
     assert said.replace("\n", "").replace(" ", "") == f"said{name},100%".replace(" ", "")
     assert all(len(axis.images) == 2 for axis in figure.axes[1:3])  # photo and heat
+    (line,) = figure.axes[1].collections  # closed along the edge, and within the image
+    points = line.get_paths()[0].vertices
+    assert (points[0] == points[-1]).all() and points.min() > -0.5 and points.max() < 31.5
+    assert np.ptp(points, axis=0).min() > 31
 
 
 # ---------------------------------------------------------------- as a user

@@ -12,11 +12,9 @@ import io
 import math
 import sys
 import time
-import zlib
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -50,12 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 1e-9, 1e6), default=0.1, help="learning rate after the warm-up")
     add("--weight-decay", type=number(float, 0, 0.9), default=5e-4, help="L2 penalty")
     add("--factor", type=number(float, 0.001, 0.999), default=0.3, help="multiplies the rate at a plateau")
-    add(
-        "--patience",
-        type=number(int, 0),
-        default=1,
-        help="epochs without progress that are let pass before it",
-    )
+    add("--patience", type=number(int, 0), default=1, help="epochs without progress that are let pass first")
     add("--label-smoothing", type=number(float, 0, 0.9), default=0.1, help="share spread over all classes")
     add("--val-split", type=number(float, 0.001, 0.9), default=0.1, help="share kept for validation")
     add("--limit", type=number(int, 2), help="use only so many training images, validation included")
@@ -84,11 +77,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     last = args.output / "last.pt"
     # Before it is read, so that save() notices should another run write it now.
     mtime = last.stat().st_mtime_ns if last.exists() else 0
-    keys = ("settings", "training", "history", "labels")  # an older version had no labels
+    keys = ("settings", "training", "history", "best", "classes", "hardware", "versions")
     state = utils.load_checkpoint(last, *keys) if args.resume or mtime else None
     if not args.resume:
-        if state and state["history"] or (args.output / "checkpoint.pt").exists():
-            raise utils.RunError(f"{args.output} holds a run: use --resume, --overwrite or another --output")
+        kept = [name for name in ("checkpoint.pt", "history.csv") if (args.output / name).exists()]
+        if kept or state and state["history"]:
+            ways = "--resume, --overwrite" if state else "--overwrite"
+            raise utils.RunError(f"{args.output} holds a run: use {ways} or another --output")
         return args, None
     parser.set_defaults(**state["settings"])
     args = parser.parse_args(argv)  # again: now a flag that was not given has the value of the run
@@ -195,7 +190,8 @@ def final_test(model: ResNet18, split: data.Split, normalize, precision: torch.d
 
 def remove(output: Path, names: list[str]) -> None:
     """Remove these files of an earlier run, and all temporary ones that it left if it was killed."""
-    temporary = [path for name in OUTPUT_FILES + GRADCAM_FILES for path in output.glob(f"{name}.*.tmp")]
+    patterns = [name.replace(".", "*.") for name in OUTPUT_FILES + GRADCAM_FILES]  # *: report-2.md, too
+    temporary = [path for pattern in patterns for path in output.glob(f"{pattern}.*.tmp")]
     for path in [output / name for name in names] + temporary:
         path.unlink(missing_ok=True)
 
@@ -228,7 +224,7 @@ def begin(output: Path, about: dict, training: Training) -> int:
     """
     output.mkdir(parents=True, exist_ok=True)
     names = [*OUTPUT_FILES, "own.png"]
-    for report in [output / "report.md", *output.glob("report-[0-9]*.md")]:
+    for report in [output / "report.md", *output.glob("report-[2-9].md")]:
         if not report.exists() or utils.is_unedited(report):
             ending = report.stem.removeprefix("report")
             names += [report.name, f"misclassified{ending}.png", f"gradcam{ending}.png"]
@@ -241,10 +237,10 @@ def resume(args: argparse.Namespace, state: dict, about: dict, training: Trainin
 
     Returns history, best and mtime. Raises RunError.
     """
-    statistics = [torch.tensor(of["mean"] + of["std"]) for of in (state, about)]
-    # allclose: another machine may add up the pixels in another order.
-    same = all(state[key] == about[key] for key in ("classes", "labels")) and torch.allclose(*statistics)
-    if not same:  # in another order, other images would be for validation
+    # The same images in another order would not do: some that were trained on would be for validation.
+    before, now = state.get("brightness", about["brightness"]), about["brightness"]
+    same = state["classes"] == about["classes"] and before.shape == now.shape
+    if not same or not torch.allclose(before, now, atol=0.1):  # a JPEG may be decoded a little otherwise
         raise utils.RunError(f"--data {args.data}: not the images of the run, or not in the same order")
     training.load_state_dict(state["training"])
     remove(args.output, [])
@@ -296,7 +292,8 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
         "plateau": training.plateau.state_dict(),  # for its settings: factor, patience, threshold, min_lrs
         "settings": settings,
         "steps": steps * args.epochs,
-        "labels": zlib.crc32(train.labels.astype(np.int64)),  # tells another order of the images
+        # Of each validation image the mean, in [0, 255], by which --resume knows it.
+        "brightness": torch.from_numpy(splits["validation"].images.mean((1, 2, 3))),
         **{"name": train.name, "classes": train.classes, "mean": mean, "std": std},
     }
 
@@ -307,16 +304,12 @@ def print_header(about: dict, output: Path, device: torch.device) -> None:
     print(f"output      {output}; after a stop: python train.py --resume --output {utils.quote(output)}")
     if device.type == "cpu" and about["settings"]["device"] == "auto":
         if about["settings"]["width"] == WIDTH:
-            print(
-                "No GPU is in use; one would be far faster. On a CPU, --width 16 takes a quarter of the time"
-            )
-            print("or less and is about 4 points less accurate on CIFAR-10 (see README).")
+            print("No GPU is in use; one would be far faster. On a CPU, --width 16 takes a quarter of the")
+            print("time or less and is about 4 points less accurate on CIFAR-10 (see README).")
         if not torch.version.cuda and not torch.version.hip and sys.platform != "darwin":
             print("This PyTorch was built without CUDA; with it: https://pytorch.org/get-started/locally")
     if about["steps"] < WARMUP_STEPS:
-        print(
-            f"{about['steps']} steps in all, but the learning rate rises for {WARMUP_STEPS}: use more epochs"
-        )
+        print(f"Only {about['steps']} steps: the learning rate rises for {WARMUP_STEPS}, so use more epochs.")
     print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
 
 

@@ -145,7 +145,7 @@ def write(path: Path, content: bytes, needed: bool = True) -> None:
 
 
 def seal(content: bytes) -> bytes:
-    """A line, invisible when rendered, by which a report is known that nobody has edited."""
+    """A line, invisible when rendered, that shows that nobody has edited the report below it."""
     return f"<!-- by gradcam.py; SHA-256 of what follows: {hashlib.sha256(content).hexdigest()} -->".encode()
 
 
@@ -169,7 +169,7 @@ def render(figure: Figure) -> bytes:
 
 
 def save_figure(figure: Figure, path: Path, needed: bool = True) -> None:
-    """Write it as PNG. Raises RunError, or says so in a line if it is not `needed`."""
+    """Write a Figure as PNG. Raises RunError, or says so in a line if it is not `needed`."""
     write(path, render(figure), needed)
 
 
@@ -381,7 +381,7 @@ def plot_confusion(result: dict, title: str) -> Figure:
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), shrink=0.8)
     fontsize = 10 if with_counts else 8
-    classes = [wrap(name, 100, fontsize) for name in classes]
+    classes = [wrap(name, 100, fontsize) if with_counts else name for name in classes]
     axis.set_xticks(range(len(classes)), classes, rotation=45 if with_counts else 90, fontsize=fontsize)
     names = [f"{name}  {shares[i, i]:.1%}" for i, name in enumerate(classes)]
     axis.set_yticks(range(len(classes)), names, fontsize=fontsize)
@@ -433,8 +433,7 @@ def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps:
             axis.imshow(pink, interpolation="bilinear")
             if heat.any():
                 # With a margin of zeros the line goes along the edge where else it would end there.
-                height, width = heat.shape
-                places = [np.clip(range(-1, size + 1), -0.4, size - 0.6) for size in (width, height)]
+                places = [np.clip(range(-1, size + 1), -0.4, size - 0.6) for size in heat.shape[::-1]]
                 line = axis.contour(*places, np.pad(heat, 1), levels=[0.5], colors="white", linewidths=1)
                 line.set_path_effects([withStroke(linewidth=2, foreground="black")])
             else:
