@@ -416,7 +416,7 @@ def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps:
     lines = [max(title.count("\n") + 1 for title in titles[row * columns :][:columns]) for row in range(rows)]
     width = max(TILE * columns, 4)
     heading = wrap(heading, 0.95 * 72 * width, size=11)
-    height = TILE * rows + 0.15 * sum(lines) + 0.2 * (heading.count("\n") + 2)
+    height = (TILE + 0.08) * rows + 0.15 * sum(lines) + 0.2 * (heading.count("\n") + 2)
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(heading, fontsize=11)
     figure.get_layout_engine().set(h_pad=0.08)  # inches; else the heading touches the titles below it
