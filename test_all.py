@@ -1,4 +1,4 @@
-"""Tests of every promise; no network, two to four minutes on two cores.
+"""Tests of every promise; no network, two to five minutes on two cores.
 
 python -m pytest -q test_all.py
 """
