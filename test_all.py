@@ -1193,6 +1193,9 @@ def test_resume_refuses_by_name_what_would_change_the_run(finished, images, tmp_
         done = call(train, "--output", finished, "--resume")
     assert_one_line_error(done, 1, "--data", "not in the same order")
     state = utils.load_checkpoint(finished / "last.pt")
+    del state["brightness"]  # as of an older version
+    utils.save_checkpoint(state, tmp_path / "last.pt")
+    assert "Test accuracy" in succeed(train, "--output", tmp_path, "--resume")
     state["training"]["model"] = ResNet18(2, "layer", 8).state_dict()  # as if model.py had been edited
     utils.save_checkpoint(state, tmp_path / "last.pt")
     assert_one_line_error(call(train, "--output", tmp_path, "--resume"), 1, "another network", "--overwrite")

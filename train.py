@@ -80,8 +80,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     keys = ("settings", "training", "history", "best", "classes", "hardware", "versions")
     state = utils.load_checkpoint(last, *keys) if args.resume or mtime else None
     if not args.resume:
-        kept = [name for name in ("checkpoint.pt", "history.csv") if (args.output / name).exists()]
-        if kept or state and state["history"]:
+        finished_an_epoch = any((args.output / name).exists() for name in ("checkpoint.pt", "history.csv"))
+        if finished_an_epoch or state and state["history"]:
             ways = "--resume, --overwrite" if state else "--overwrite"
             raise utils.RunError(f"{args.output} holds a run: use {ways} or another --output")
         return args, None
@@ -238,7 +238,8 @@ def resume(args: argparse.Namespace, state: dict, about: dict, training: Trainin
     Returns history, best and mtime. Raises RunError.
     """
     # The same images in another order would not do: some that were trained on would be for validation.
-    before, now = state.get("brightness", about["brightness"]), about["brightness"]
+    now = about["brightness"]
+    before = state.get("brightness", now)  # a state of an older version has none
     same = state["classes"] == about["classes"] and before.shape == now.shape
     if not same or not torch.allclose(before, now, atol=0.1):  # a JPEG may be decoded a little otherwise
         raise utils.RunError(f"--data {args.data}: not the images of the run, or not in the same order")

@@ -44,6 +44,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 EVAL_BATCH = 500  # images; without gradients more of them fit at once
 ESTIMATE_SECONDS = 20  # of training, after which its pace can be trusted
 TILE = 1.5  # inches an image is wide in a figure
+GAP = 0.08  # inches between what stands above one another; with less the heading touches the titles below it
 PINK = (1, 0, 0.65)  # of heatmaps: no grass, sky or skin has this colour
 HEAT_OPACITY = 0.65  # at most, so that the photo shows through
 
@@ -416,10 +417,10 @@ def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps:
     lines = [max(title.count("\n") + 1 for title in titles[row * columns :][:columns]) for row in range(rows)]
     width = max(TILE * columns, 4)
     heading = wrap(heading, 0.95 * 72 * width, size=11)
-    height = (TILE + 0.08) * rows + 0.15 * sum(lines) + 0.2 * (heading.count("\n") + 2)
+    height = (TILE + GAP) * rows + 0.15 * sum(lines) + 0.2 * (heading.count("\n") + 2)
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(heading, fontsize=11)
-    figure.get_layout_engine().set(h_pad=0.08)  # inches; else the heading touches the titles below it
+    figure.get_layout_engine().set(h_pad=GAP)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis in axes:
         axis.axis("off")
@@ -432,7 +433,7 @@ def plot_grid(images: list, titles: list[str], columns: int, heading: str, maps:
             pink = np.dstack([np.full((*heat.shape, 3), PINK), HEAT_OPACITY * heat])
             axis.imshow(pink, interpolation="bilinear")
             if heat.any():
-                # With a margin of zeros the line goes along the edge where else it would end there.
+                # With a margin of zeros, just within the edge at -0.5, the line is closed along the edge.
                 places = [np.clip(range(-1, size + 1), -0.4, size - 0.6) for size in heat.shape[::-1]]
                 line = axis.contour(*places, np.pad(heat, 1), levels=[0.5], colors="white", linewidths=1)
                 line.set_path_effects([withStroke(linewidth=2, foreground="black")])
