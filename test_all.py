@@ -599,11 +599,21 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert utils.choose_precision("auto", cuda) is torch.float16  # a T4
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert utils.choose_precision("auto", cuda) is torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for name, amx, avx512, expected in (
+        ("AMD EPYC", False, True, torch.bfloat16),
+        ("AMD EPYC", False, False, torch.float32),
+        ("Intel Xeon", True, True, torch.bfloat16),
+        ("Intel Xeon", False, True, torch.float32),  # a virtual machine that hides AMX
+    ):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda name=name: {"cpu_name": name}, raising=False
+        )
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        assert utils.choose_precision("auto", cpu) is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert utils.choose_precision("auto", cpu) is torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert utils.choose_precision("auto", cpu) is torch.float32
     assert utils.choose_precision("bf16", cpu) is torch.bfloat16
     for device in (cpu, torch.device("mps")):
         with pytest.raises(utils.RunError, match="fp16 needs a GPU with CUDA"):
