@@ -35,7 +35,7 @@ AUGMENTATIONS = {  # of data.augmentations: name, purpose
     "rotate": ("Rotate", "turns the image a little, as a camera is rarely level"),
     "cutout": ("CutOut", "hides a square, so that the network must use more than one clue"),
 }
-LEGEND = "The pinker a place, the more it speaks for the class; the line surrounds what is above half."
+LEGEND = "The pinker a place, the more it speaks for the class; the line is at half of the maximum."
 HOW_TO_READ = f"""for what the network said and for what is true: the activations of that stage are summed,
 each channel weighted by the mean gradient of the class's score, and what is positive is kept. {LEGEND} Each
 map has a scale of its own, so two of them do not tell which class had more evidence. A cell of a map has seen

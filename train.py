@@ -1,7 +1,7 @@
 """Train ResNet18 on CIFAR-10, cutting the learning rate whenever validation stops improving.
 
 python train.py --epochs 40                             the full run
-python train.py --epochs 6 --data demo --width 16       a try of a minute, without a download
+python train.py --epochs 4 --data demo --width 16       a try of a minute, without a download
 python train.py --resume                                go on after a stop
 """
 
