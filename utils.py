@@ -94,7 +94,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         # AMD's cores; an Intel Xeon whose AMX was hidden trained at 50 images/s with it, in float32 at 70.
         intel = "Intel" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
         with contextlib.suppress(AttributeError):  # private functions of PyTorch, which may go
-            if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and not intel:
+            if torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not intel):
                 return torch.bfloat16
     return torch.float32
 
