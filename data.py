@@ -151,7 +151,9 @@ class CIFAR10FromMirrors(CIFAR10):
         if not self._check_integrity() and not check_integrity(archive, self.tgz_md5):
             is_default = folder.resolve() == Path(DEFAULT_FOLDER).resolve()
             if not is_default and not folder.is_dir():
-                raise RunError(f"no folder {folder}: name another with --data ({DEFAULT_FOLDER}: CIFAR-10)")
+                raise RunError(
+                    f"no folder {folder}: name another with --data (CIFAR-10 is put into {DEFAULT_FOLDER})"
+                )
             found = {path.name for path in folder.glob("[!.]*")}
             if is_default:  # what is damaged there is fetched again
                 found -= {archive.name, self.base_folder}

@@ -336,7 +336,7 @@ def get_parser() -> utils.Parser:
     parser = utils.Parser("Show why the network errs.")
     add = parser.add_argument
     add("--n", type=utils.number(int, 1, 100), default=10, help="misclassified images to show, 1 to 100")
-    add("--image", nargs="+", help="explain these files instead")
+    add("--image", nargs="+", help="explain these files instead; --n, --seed and --data then do nothing")
     add("--checkpoint", type=Path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), help="pick at random, else the most confident errors")
     add("--layer", choices=LAYERS, help=f"stage to explain, else {ERROR_LAYER}; for --image {LAYER}")
@@ -373,7 +373,7 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
         print(f"{m.index:10}  {utils.pad(m.true, width)}{utils.pad(m.predicted, width)}{m.confidence:10.1%}")
 
     # Why? Each image twice: for the predicted class and for the true one.
-    output.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(output)
     order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
     heading = f"misclassified test images of {test.name}, {order}\n{checkpoint['title']}"
     layer, pictures, ending = args.layer or ERROR_LAYER, [], free_ending(output)
@@ -388,6 +388,7 @@ def explain_errors(args, model, checkpoint: dict, output: Path, normalize, preci
         # Both are drawn before one is written, so that a stop hardly ever leaves one new and one old.
         for path, content in zip(pictures, [utils.render(grid), utils.render(heatmaps)], strict=True):
             utils.write(path, content)
+        share += f"; shown here: {len(mistakes)}, {order}"
 
     written = [path.name for path in pictures]
     written += write_report(args, checkpoint, output, ending, mistakes, share, layer)
@@ -409,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.image:
         return explain_errors(args, model, checkpoint, output, normalize, precision)
     figure = explain_pictures(args.image, model, checkpoint, args.layer or LAYER, normalize, precision)
-    output.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(output)
     utils.save_figure(figure, output / "own.png")
     print(f"Written to {output}: own.png")
     utils.show(output / "own.png")

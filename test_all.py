@@ -966,7 +966,7 @@ def test_the_stop_button_leaves_kernel_and_run_alive(cell, images, tmp_path):
 
 def test_a_run_writes_what_it_promises(finished):
     log = (finished / "log").read_text()
-    assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cores), float32" in log
+    assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cpu (threads: " in log
     assert "ResNet18 of width 8 on" in log and "No GPU" not in log and f"--resume --output {finished}" in log
     assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
     assert "Only 8 steps: the learning rate rises for 200" in log
@@ -1068,13 +1068,13 @@ def test_the_average_begins_anew_after_the_first_epoch(finished, images, tmp_pat
 
 
 def test_a_run_on_two_machines_names_both(images, tmp_path, monkeypatch):
-    def hardware(cores, *flags):
-        monkeypatch.setattr(utils, "usable_cores", lambda: cores)
+    def hardware(threads, *flags):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         succeed(train, "--output", tmp_path, *flags)
         return utils.load_checkpoint(tmp_path / "checkpoint.pt")["hardware"]
 
-    assert hardware(1, "--data", images, *TINY, "--epochs", 1) == "cpu (1 cores), float32"
-    both = "cpu (1 cores), float32; from epoch 2 cpu (2 cores), float32"
+    assert hardware(1, "--data", images, *TINY, "--epochs", 1) == "cpu (threads: 1), float32"
+    both = "cpu (threads: 1), float32; from epoch 2 cpu (threads: 2), float32"
     assert hardware(2, "--resume", "--epochs", 2) == both
     assert hardware(2, "--resume", "--epochs", 3) == both == hardware(3, "--resume")  # no epoch is left
 
@@ -1319,11 +1319,23 @@ def test_a_run_can_be_resumed_without_compilation(finished, tmp_path):
 
 def test_help_shows_every_flag_and_its_default():
     for module in (train, gradcam):
-        assert module.get_parser().format_help().count("(default") >= 5
+        text = module.get_parser().format_help()
+        assert text.count("(default") >= 3 and not any(
+            f"(default: {no}" in text for no in ("None", "[]", "False")
+        )
+    assert "(default: 0)" in train.get_parser().format_help()
     flags = "data output epochs batch-size lr weight-decay factor patience label-smoothing val-split limit "
     flags += "without norm width workers seed device precision compile resume overwrite"
     for flag in flags.split():
         assert f"--{flag} " in train.get_parser().format_help()
+
+
+def test_a_flag_is_written_whole_and_an_output_that_is_a_file_is_one_line(images, tmp_path):
+    assert_one_line_error(call(train, "--data", images, "--epoch", 1), 2, "unrecognized arguments: --epoch")
+    (tmp_path / "file").write_bytes(b"theirs")
+    done = call(train, "--data", images, *TINY, "--output", tmp_path / "file")
+    assert_one_line_error(done, 1, f"no folder can be made at {tmp_path / 'file'}", "name another --output")
+    assert (tmp_path / "file").read_bytes() == b"theirs"
 
 
 NUMBERS = "epochs batch-size lr factor val-split width limit patience workers"
@@ -1726,11 +1738,13 @@ def test_the_report_says_what_the_run_left_and_nothing_else(reported):
         assert shown[4:] == [
             *(f"{values['val_loss']:.4f}", f"{values['val_accuracy']:.2%}", utils.clock(values["seconds"]))
         ]
-    assert f"{(predicted != labels).sum()} of 16 test images are misclassified" in report
+    wrong = (predicted != labels).sum()
+    shown = f"; shown here: {min(9, wrong)}, picked at random (seed 5)."
+    assert f"{wrong} of 16 test images are misclassified ({wrong / 16:.2%}){shown}" in report
     errors = [
         re.split(r"  +", line.strip()) for line in log.splitlines() if line.endswith("%") and "  " in line
     ]
-    assert found["Images"][1:] == errors and len(errors) == min(9, (predicted != labels).sum())
+    assert found["Images"][1:] == errors and len(errors) == min(9, wrong)
     links = re.findall(r"!\[.*?\]\((.*?)\)", report)
     assert len(links) == 5 and all((run / link).exists() for link in links)
 

@@ -128,6 +128,16 @@ def sync(file: int) -> None:
             raise
 
 
+def make_folder(output: Path) -> None:
+    """Make the folder of --output, unless it is there. Raises RunError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"no folder can be made at {output} ({error.strerror}): name another --output"
+        ) from None
+
+
 def write(path: Path, content: bytes, needed: bool = True) -> None:
     """Replace a file whole or not at all. Raises RunError, or prints a line when the file is not `needed`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -213,7 +223,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            limits = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+            limits = f"from {low:g} to {high:.10g}" if high < math.inf else f"{low:g} or more"
             raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value
 
@@ -287,11 +297,20 @@ HINTS = {  # what type and first line of an error of PyTorch say: what the user 
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults but for those that say nothing: None, [] and False."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = str(action.default) in ("None", "[]", "False")
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows defaults in its help; raises UsageError where argparse would end the process."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        # No abbreviations: who writes --epoch or --check should hear that there is no such flag.
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
         raise UsageError(message)
