@@ -966,7 +966,9 @@ def test_the_stop_button_leaves_kernel_and_run_alive(cell, images, tmp_path):
 
 def test_a_run_writes_what_it_promises(finished):
     log = (finished / "log").read_text()
-    assert "14 training, 2 validation, 16 test images in 2 classes" in log and "cpu (threads: " in log
+    assert "14 training, 2 validation, 16 test images in 2 classes" in log and re.search(
+        r"cpu \(threads: \d+\), float32", log
+    )
     assert "ResNet18 of width 8 on" in log and "No GPU" not in log and f"--resume --output {finished}" in log
     assert "  1/2 " in log and "  2/2 " in log and "Test accuracy" in log and "gradcam.py" in log
     assert "Only 8 steps: the learning rate rises for 200" in log
@@ -1332,6 +1334,7 @@ def test_help_shows_every_flag_and_its_default():
 
 def test_a_flag_is_written_whole_and_an_output_that_is_a_file_is_one_line(images, tmp_path):
     assert_one_line_error(call(train, "--data", images, "--epoch", 1), 2, "unrecognized arguments: --epoch")
+    assert_one_line_error(call(train, "--seed", 2**32), 2, "is not from 0 to 4294967295")
     (tmp_path / "file").write_bytes(b"theirs")
     done = call(train, "--data", images, *TINY, "--output", tmp_path / "file")
     assert_one_line_error(done, 1, f"no folder can be made at {tmp_path / 'file'}", "name another --output")

@@ -274,8 +274,8 @@ def describe(args, splits: dict, mean, std, techniques: dict, training: Training
     settings["data"] = args.data if args.data == "demo" else str(Path(args.data).resolve())
     without = f", without {' and '.join(args.without)}" if args.without else ""
     counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
-    threads = f"{device.type} (threads: {torch.get_num_threads()})"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    names = {"cpu": f"cpu (threads: {torch.get_num_threads()})", "mps": "mps"}
+    hardware = names.get(device.type) or torch.cuda.get_device_name(device)
     defaults = training.optimizer.defaults
     rates = ", ".join(f"{name} {defaults[name]}" for name in ("lr", "momentum", "weight_decay", "nesterov"))
     steps = -(-len(train.labels) // args.batch_size)
@@ -328,7 +328,7 @@ def print_result(result: dict, output: Path) -> None:
     figure = utils.plot_confusion(result, f"{result['title']}: test accuracy {accuracy:.2%} (epoch {epoch})")
     utils.save_figure(figure, output / "confusion.png", needed=False)
     print(f"\nTest accuracy on {result['name']}: {accuracy:.2%}, with the weights of epoch {epoch}")
-    width = max(12, *map(len, result["classes"]))
+    width = max(map(len, result["classes"]))
     for name, share in zip(result["classes"], result["class_accuracy"], strict=True):
         print(f"    {utils.pad(name, width)} {share:8.2%}")
     print(f"Averaged with the mirrored image (test-time augmentation): {result['mirrored_accuracy']:.2%}")
