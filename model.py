@@ -1,10 +1,8 @@
 """ResNet18 (He et al. 2015, https://arxiv.org/abs/1512.03385) in the form for 32x32 images.
 
 python model.py                print the stages: output shape and parameters
-python model.py --width 16     the same for a network of a quarter of the width
 """
 
-import argparse
 from functools import partial
 
 import torch
@@ -20,21 +18,15 @@ NORMS = {  # each is called with the number of channels
 
 
 class StandardizedWeight(nn.Module):
-    """Weight standardization (Qiao et al. 2019): every filter is used with mean zero and variance one.
+    """Weight standardization (Qiao et al. 2019): every filter is used with mean zero and variance one."""
 
-    weight (channels, in_channels, H, W), as trained -> the same shape, as used by the convolution
-    """
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:  # (channels, in_channels, H, W)
         # layer_norm does just this. Its usual eps, 1e-5, would count: filters end with variances from 4e-5.
         return nn.functional.layer_norm(weight, weight.shape[1:], eps=1e-8)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them: relu(f(x) + shortcut(x)), He et al. equations 1 and 2.
-
-    (N, in_channels, H, W) -> (N, channels, H / stride, W / stride)
-    """
+    """Two 3x3 convolutions f and a shortcut around them: relu(f(x) + shortcut(x)), He et al. equation 2."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str):
         super().__init__()
@@ -49,6 +41,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, NORMS[norm](channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # (N, in_channels, H, W) -> (N, channels, H / stride, W / stride)
         # relu_ and += write over their input, which nothing needs any more: less memory, a little faster.
         out = self.norm1(self.conv1(x)).relu_()
         out = self.norm2(self.conv2(out))
@@ -111,16 +104,5 @@ def summary(model: ResNet18) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Print the stages of ResNet18.")
-    parser.add_argument(
-        "--width", type=int, default=WIDTH, help="channels of the stem (default: %(default)s)"
-    )
-    width = parser.parse_args(argv).width
-    if width < 1:
-        parser.error(f"--width {width}: a stem needs at least one channel")
-    print(summary(ResNet18(width=width).eval()))
-
-
 if __name__ == "__main__":
-    main()
+    print(summary(ResNet18().eval()))
