@@ -46,7 +46,7 @@ IN_WORDS = {  # of each technique: name | what it does | in numbers
     "cutout": "CutOut | hides a square, so that the network must use more than one clue | "
     f"{CUTOUT_PROBABILITY:.0%} of the images, {CUTOUT_SIZE}x{CUTOUT_SIZE} pixels in the mean colour",
 }
-PICTURE_SEED = 8  # of the picture of the augmentations: a draw in which each of them can be seen
+PICTURE_SEED = 8  # of augmentations.png, so chosen that each technique can be seen
 IMAGE_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif")
 GPU_WORKERS = 4  # processes that augment for a GPU, as many as the cores allow; a CPU has time for one only
 DEFAULT_FOLDER = "data"  # where CIFAR-10 is, or is downloaded to
@@ -92,7 +92,7 @@ def load_split(root: str, split: str) -> Split:
     if root == "demo":
         return draw_demo(split)
     folder = Path(root)
-    # Sorted, "Train" comes before "train", which therefore counts if both are there.
+    # Sorted, "Train" comes before "train", so that "train" wins if both are there.
     inside = {path.name.lower(): path for path in sorted(folder.glob("[!.]*")) if path.is_dir()}
     if split not in inside:
         return load_cifar10(folder, split)
@@ -153,14 +153,15 @@ def load_cifar10(folder: Path, split: str) -> Split:
         holds = ", ".join(found[:4]) or "nothing"
         raise RunError(f"{folder} holds {holds}: expected train/<class>/* and test/<class>/*, or CIFAR-10")
     timeout = socket.getdefaulttimeout()
-    for CIFAR10.url in CIFAR10_URLS if ours else CIFAR10_URLS[-1:]:  # torchvision looks at this attribute
+    for url in CIFAR10_URLS if ours else CIFAR10_URLS[-1:]:
         try:
             socket.setdefaulttimeout(SILENCE_LIMIT)
-            allowed = ours or check_integrity(archive, CIFAR10.tgz_md5)  # to unpack, or else to download
-            cifar10 = CIFAR10(folder, split == "train", download=allowed)
+            CIFAR10.url = url  # where torchvision looks
+            download = ours or check_integrity(archive, CIFAR10.tgz_md5)  # an intact one is only unpacked
+            cifar10 = CIFAR10(folder, split == "train", download=download)
             return Split(cifar10.data, np.array(cifar10.targets, np.int64), cifar10.classes, "CIFAR-10")
         except Exception as error:  # whatever it is, the next address may deliver
-            print(f"no CIFAR-10 from {CIFAR10.url if ours else folder}: {error}")
+            print(f"no CIFAR-10 from {url if ours else folder}: {error}")
         finally:
             socket.setdefaulttimeout(timeout)
     raise RunError(f"no CIFAR-10: put {archive.name} into {folder}, or use --data FOLDER or --data demo")
@@ -194,7 +195,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split_validation(split: Split, share: float, limit: int | None, seed: int) -> tuple[Split, Split]:
-    """(training, validation): of the images, or `limit` of them, by class; raises RunError for too few."""
+    """(training, validation) of all images or `limit`, in equal class proportions. Raises RunError."""
     order = stratified_order(split.labels, seed)[:limit]
     count = round(len(order) * share)
     if not 0 < count < len(order):
@@ -227,7 +228,7 @@ class Normalize(nn.Module):
 
 
 def augmentations(mean: list[float], without: list[str] | tuple = ()) -> dict[str, list]:
-    """The transforms of each technique, in order, without some; the hole of CutOut is of the mean colour."""
+    """The transforms of the techniques, in order; mean, in [0, 1], is the colour of CutOut's hole."""
     reflect, side = cv2.BORDER_REFLECT_101, (CUTOUT_SIZE, CUTOUT_SIZE)
     colour = tuple(round(255 * value) for value in mean)
     one_hole = {"num_holes_range": (1, 1), "hole_height_range": side, "hole_width_range": side}
@@ -261,7 +262,7 @@ class AugmentedBatches(Dataset):
 
 
 class BatchKeys(Sampler):
-    """For each batch of an epoch, set beforehand, its key [seed, epoch, number] and its images' indices."""
+    """For each batch of self.epoch, which the caller sets, its key [seed, epoch, number] and its indices."""
 
     def __init__(self, count: int, batch_size: int, seed: int):
         self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 1
@@ -292,7 +293,7 @@ def train_loader(split: Split, techniques: dict, batch_size: int, seed: int, wor
 
 
 def plot_augmentations(train: Split, techniques: dict[str, list]) -> Figure:
-    """A row for each of four images, a column for each technique alone, one for all of them together."""
+    """Four images as they are, after each technique alone and always applied, and after all together."""
     images = train.images[stratified_order(train.labels, seed=0)[:4]]
     columns = {"original": images}
     for technique, transforms in techniques.items():
@@ -304,5 +305,6 @@ def plot_augmentations(train: Split, techniques: dict[str, list]) -> Figure:
     together = A.Compose(sum(techniques.values(), []))
     together.set_random_state(np.random.default_rng(PICTURE_SEED), random.Random(PICTURE_SEED))
     columns["all together"] = [together(image=image)["image"] for image in images]
-    tiles = [column[row] for row in range(4) for column in columns.values()]
-    return utils.plot_grid(tiles, 4 * list(columns), len(columns), f"Augmentation of {train.name}")
+    tiles = [column[row] for row in range(len(images)) for column in columns.values()]
+    titles = list(columns) * len(images)
+    return utils.plot_grid(tiles, titles, len(columns), f"Augmentation of {train.name}")

@@ -22,19 +22,19 @@ import utils
 from model import STAGES, ResNet18
 
 MOST_IMAGES = 100  # of one picture
+LAYERS = ("stem", *STAGES)
 # Measured by insertion and deletion (Petsiuk et al. 2018, see README): on images that the network gets right
-# layer4, the last convolution, finds most truly what it saw; on its errors layer3 is as true, and finer.
+# layer4, the last (4x4 cells), is the most faithful; on its errors layer3 is as faithful, and finer (8x8).
 LAYER, ERROR_LAYER = "layer4", "layer3"
-LAYERS = dict.fromkeys(("stem", *STAGES), "") | {"layer3": ": on errors as true as layer4, and finer"}
-BLUR_KERNEL, BLUR_SIGMA = [21, 21], [5.0, 5.0]  # pixels; it leaves colours, but no forms
+BLUR_KERNEL, BLUR_SIGMA = [21, 21], [5.0, 5.0]  # pixels; it keeps colours and removes shapes
 LEGEND = """The pinker a place, the more it speaks for the class; the line is at half of the full colour. \
-"Blurred there" is the probability once the part inside the line is blurred: where it falls much, the \
-network needed what the map marks; where it stays, it did not need it alone."""
+"Blurred there" is that class's probability once the part inside the line is blurred: where it falls a lot, \
+the network needed what the map marks; where it stays, other parts were enough."""
 CHECKPOINT_KEYS = ("model", "settings", "classes", "mean", "std", "title", "name", "commands")
 
 
 class GradCAM(nn.Module):
-    """Which places of an image speak for a class, by a layer of model.feature (any other is a ValueError)."""
+    """Which places of an image speak for a class: heatmaps(). The rest is the usual interface with a hook."""
 
     def __init__(self, model: ResNet18, layer: str = LAYER):
         super().__init__()
@@ -95,25 +95,25 @@ def load_model(path: str | Path) -> tuple[ResNet18, dict]:
     return model.eval(), checkpoint
 
 
-def explain(model: ResNet18, layer: str, images, labels: torch.Tensor, normalize, precision) -> tuple:
+def explain(model: ResNet18, layer: str, images, asked: torch.Tensor, normalize, precision) -> tuple:
     """Images (n, 32, 32, 3) uint8, k classes of each (n, k) -> maps (n, k, 32, 32), their test (2, n, k)."""
-    device, (n, k) = next(model.parameters()).device, labels.shape
+    device, (n, k) = next(model.parameters()).device, asked.shape
     repeated = normalize(torch.from_numpy(images).to(device)).repeat_interleave(k, 0)  # (n * k, 3, 32, 32)
-    labels = labels.flatten().to(device)
-    maps = GradCAM(model, layer).heatmaps(repeated, labels)
-    marked = (maps >= utils.MARKED)[:, None]  # (n * k, 1, 32, 32)
-    elsewhere = marked.roll((marked.shape[2] // 2, marked.shape[3] // 2), (2, 3))
-    # The test: the probability of the class with the marked part blurred, and with such a part elsewhere.
-    blurred, test = gaussian_blur(repeated, BLUR_KERNEL, BLUR_SIGMA), []
-    for part in (marked, elsewhere):
+    asked = asked.flatten().to(device)
+    maps = GradCAM(model, layer).heatmaps(repeated, asked)
+    inside = (maps >= utils.MARKED)[:, None]  # (n * k, 1, 32, 32)
+    moved = inside.roll((inside.shape[2] // 2, inside.shape[3] // 2), (2, 3))  # past an edge it comes back in
+    # The test: each class's probability with the marked part blurred, and with such a part elsewhere.
+    blurry, probabilities = gaussian_blur(repeated, BLUR_KERNEL, BLUR_SIGMA), []
+    for part in (inside, moved):
         with torch.no_grad(), utils.autocast(device, precision):
-            logits = model(torch.where(part, blurred, repeated)).float()
-        test.append(logits.softmax(1).gather(1, labels[:, None]).view(n, k))
-    return maps.view(n, k, *maps.shape[1:]).cpu().numpy(), torch.stack(test).cpu()
+            logits = model(torch.where(part, blurry, repeated)).float()
+        probabilities.append(logits.softmax(1).gather(1, asked[:, None]).view(n, k))
+    return maps.view(n, k, *maps.shape[1:]).cpu().numpy(), torch.stack(probabilities).cpu()
 
 
 def choose_errors(logits: torch.Tensor, labels: torch.Tensor, n: int, seed: int | None) -> torch.Tensor:
-    """Logits (N, classes), labels (N,) -> indices of n errors or fewer, the surest or, with a seed, any."""
+    """Logits (N, classes), labels (N,) -> indices of n errors or fewer, the surest or by a seed."""
     confidence, predicted = logits.softmax(1).max(1)
     errors = (predicted != labels).nonzero().squeeze(1)
     if seed is None:
@@ -138,7 +138,7 @@ def plot_heatmaps(images, maps: np.ndarray, titles: list[tuple], blurred, headin
 
 
 def explain_pictures(args, model, checkpoint: dict, normalize, precision) -> utils.Figure:
-    """Print the most likely classes of a user's own pictures and explain the first two. Raises RunError."""
+    """Print the likeliest classes of a user's own pictures and explain two of each. Raises RunError."""
     images = np.stack([data.read_image(path) for path in args.image])  # as the network sees them: 32x32
     split = data.Split(images, np.zeros(len(images), np.int64), checkpoint["classes"], "own pictures")
     logits, _ = utils.predict(model, split, normalize, precision)
@@ -164,7 +164,7 @@ def tell_blurring(maps: np.ndarray, before, marked, elsewhere) -> str:
 
 
 def explain_errors(args, test: data.Split, model, checkpoint: dict, normalize, precision) -> tuple:
-    """Print the network's errors and explain some. Returns figures by name and, of an ended run, a report."""
+    """Print the network's errors and explain some. Returns figures by name, and a report if the run ended."""
     # Which errors?
     logits, labels = utils.predict(model, test, normalize, precision)
     predicted, chosen = logits.argmax(1), choose_errors(logits, labels, args.n, args.seed)
@@ -194,8 +194,7 @@ def explain_errors(args, test: data.Split, model, checkpoint: dict, normalize, p
         figures = {"misclassified.png": grid, "gradcam.png": heatmaps}
     if "confusion" not in checkpoint:  # the run has not ended
         return figures, ""
-    layer = f"{args.layer}{LAYERS[args.layer]}"
-    return figures, utils.make_report(checkpoint, rows, shown, layer, LEGEND, blurring)
+    return figures, utils.make_report(checkpoint, rows, shown, args.layer, LEGEND, blurring)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -221,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     args.layer = args.layer or (LAYER if args.image else ERROR_LAYER)
     model, checkpoint = load_model(args.checkpoint)
     device, precision = utils.choose_device(args.device), checkpoint["settings"]["precision"]
-    precision = utils.choose_precision("auto" if precision == "fp16" else precision, device)
+    precision = "auto" if precision == "fp16" and device.type != "cuda" else precision
+    precision = utils.choose_precision(precision, device)  # that of the run, so that the errors are the same
     model.to(device, memory_format=utils.memory_format(device))
     normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
     # A link may stand anywhere; the run is where it leads to.
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         test = data.load_split(args.data or checkpoint["settings"]["data"], "test")
         if test.classes != checkpoint["classes"]:
             raise utils.RunError(
-                f"{test.name} has not the classes {', '.join(checkpoint['classes'])}: see --data"
+                f"{test.name} lacks the classes {', '.join(checkpoint['classes'])}: see --data"
             )
         checkpoint["commands"].append(shlex.join(["python", "gradcam.py", *argv]))
         figures, report = explain_errors(args, test, model, checkpoint, normalize, precision)

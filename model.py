@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 WIDTH = 64  # channels of the first convolution, the stem
-STAGES = {"layer1": (1, 1), "layer2": (2, 2), "layer3": (4, 2), "layer4": (8, 2)}  # channels / width, stride
+STAGES = {"layer1": (1, 1), "layer2": (2, 2), "layer3": (4, 2), "layer4": (8, 2)}  # times the width, stride
 NORMS = {  # each is called with the number of channels
     "batch": nn.BatchNorm2d,  # Ioffe and Szegedy 2015
     "layer": partial(nn.GroupNorm, 1),  # Ba et al. 2016: each image for itself, over channels and positions
@@ -21,7 +21,7 @@ class StandardizedWeight(nn.Module):
     """Weight standardization (Qiao et al. 2019): every filter is used with mean zero and variance one."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:  # (channels, in_channels, H, W)
-        # layer_norm does just this. Its usual eps, 1e-5, would count: filters end with variances from 4e-5.
+        # layer_norm does just this. Its usual eps, 1e-5, is too much for filters of a variance of 4e-5.
         return nn.functional.layer_norm(weight, weight.shape[1:], eps=1e-8)
 
 

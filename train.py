@@ -26,12 +26,12 @@ import utils
 from model import NORMS, WIDTH, ResNet18, count_parameters, summary
 
 MOMENTUM = 0.9
-# Progress of less than 1 % in the validation loss counts as none. The loss of averaged weights is so smooth
-# that with the default of 0.01 % almost every epoch is progress, and the rate is cut far too late.
+# Less than 1 % below the best validation loss is no progress. The loss of averaged weights is so smooth that
+# with the default of 0.01 % almost every epoch would be progress, and the rate be cut far too late.
 PLATEAU_THRESHOLD = 0.01
 MIN_LR = 0.001  # as a share of --lr
-WARMUP_STEPS = 200  # in which the rate rises to --lr; the full rate at once would throw fresh weights far off
-SAVE_SECONDS = 30  # after an epoch the files are written if so many have passed since the last time
+WARMUP_STEPS = 200  # in which the rate rises to --lr; all of it at once would throw fresh weights far off
+SAVE_SECONDS = 30  # after an epoch the files are written if 30 seconds have passed since the last time
 STATE_KEYS = ("settings", "training", "history", "best", "commands", "facts", "classes", "brightness")
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
 CAN_CHANGE = {"data", "epochs", "workers", "device", "precision"}  # settings, by --resume
@@ -50,15 +50,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 1e-9, 1e6), default=0.1, help="learning rate after the warm-up")
     add("--weight-decay", type=number(float, 0, 0.9), default=5e-4, help="L2 penalty")
     add("--factor", type=number(float, 0.001, 0.999), default=0.3, help="multiplies the rate at a plateau")
-    add("--patience", type=number(int, 0), default=1, help="epochs without progress that are let pass first")
+    add("--patience", type=number(int, 0), default=1, help="epochs without progress before a cut")
     add("--label-smoothing", type=number(float, 0, 0.9), default=0.1, help="share spread over all classes")
     add("--val-split", type=number(float, 0.001, 0.9), default=0.1, help="share kept for validation")
     add("--limit", type=number(int, 2), help="use only so many training images, validation included")
-    techniques = list(data.augmentations(mean=[0, 0, 0]))  # only their names are needed
-    add("--without", nargs="+", choices=techniques, default=[], help="techniques to leave out")
+    add("--without", nargs="+", choices=[*data.augmentations([0, 0, 0])], default=[], help="leave these out")
     add("--norm", choices=NORMS, default="batch", help="normalisation; layer: with standardised filters")
     add("--width", type=number(int, 1, 1024), default=WIDTH, help="channels of the stem")
-    add("--workers", type=number(int, 0, 64), help="processes that augment; else 1, for CUDA up to 4")
+    add("--workers", type=number(int, 0, 64), help="processes that augment, else 1, or up to 4 with CUDA")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
     add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     add("--precision", choices=["auto", *utils.PRECISIONS], default="auto", help="number format")
@@ -94,12 +93,12 @@ class Training:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=decay, nesterov=True)
         plateau = {"factor": args.factor, "patience": args.patience, "threshold": PLATEAU_THRESHOLD}
         self.model = model
-        # The exponential moving average of the weights is better: this is validated, tested and kept.
+        # The exponential moving average of the weights is better: it is validated, tested and kept.
         self.averaged = copy.deepcopy(model)
         self.optimizer = optimizer
         self.warmup = LinearLR(optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
         self.plateau = ReduceLROnPlateau(optimizer, min_lr=MIN_LR * args.lr, **plateau)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)  # does nothing but for float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)  # active for float16 only
         # In float16 the first step may overflow and be skipped, which looks like a wrong order of calls.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
@@ -116,11 +115,11 @@ def train_one_epoch(training: Training, loader, normalize, criterion, precision,
     """One pass over the training images. Returns train_loss, train_accuracy in [0, 1], images_per_second."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     device = next(model.parameters()).device
-    pinned = device.type == "cuda"  # from other memory, copies that go on while we do may read what is gone
-    # Parameters and running statistics themselves, no copies: all that averaging makes sense for.
+    pinned = device.type == "cuda"  # only from pinned memory is it safe to go on while a copy is made
+    # Parameters and running statistics themselves, no copies; to count batches on average makes no sense.
     tensors = [network.state_dict().values() for network in (training.averaged, model)]
     averaged, current = ([tensor for tensor in of if tensor.is_floating_point()] for of in tensors)
-    # Over about one epoch. (AveragedModel does the same, but makes the CPU wait for the GPU in each step.)
+    # It looks back about one epoch. (AveragedModel does so, too, but makes the CPU wait in each step.)
     update_average = get_ema_multi_avg_fn(decay=1 - 1 / len(loader))
     loss_sum = correct = seen = 0
     start = time.perf_counter()
@@ -155,7 +154,7 @@ def evaluate(model: ResNet18, split: data.Split, normalize, criterion, precision
 
 
 def save(output: Path, about: dict, training: Training, history: list[dict], best: dict | None) -> None:
-    """Write all files, last.pt after all others: whenever the run is killed, it holds the end of an epoch."""
+    """Write what an epoch changes, last.pt last: whenever the run is killed, it holds the end of an epoch."""
     if history:  # else it is the first time, and there is nothing but last.pt to write
         utils.save_checkpoint(best, output / "checkpoint.pt")
         rows = [",".join(map(str, row)) for row in (history[0], *(row.values() for row in history))]
@@ -166,10 +165,10 @@ def save(output: Path, about: dict, training: Training, history: list[dict], bes
 
 
 def resume(state: dict, about: dict, training: Training) -> tuple[list[dict], dict | None]:
-    """Restore `training`; `about` then tells of all the run. Returns history and best. Raises RunError."""
+    """Restore `training`; `about` then covers all of it. Returns history and best. Raises RunError."""
     # The same images in another order would not do: some that were trained on would be for validation.
     same = state["classes"] == about["classes"] and state["facts"]["images"] == about["facts"]["images"]
-    # A JPEG may be decoded a little otherwise.
+    # On another machine a JPEG may be decoded slightly differently.
     if not same or not torch.allclose(state["brightness"], about["brightness"], atol=0.1):
         raise utils.RunError("--data: not the images of the run, or not in the same order")
     training.load_state_dict(state["training"])
@@ -206,10 +205,9 @@ def describe(args, argv, splits: dict, mean, std, training: Training, steps: int
     return {
         "title": f"{model.name} on {train.name}, {args.norm} norm{without}, seed {args.seed}",
         "facts": facts,
-        "augmentation": [
-            words for technique, words in data.IN_WORDS.items() if technique not in args.without
-        ],
-        **{"steps": steps, "warmup": WARMUP_STEPS, "momentum": MOMENTUM, "threshold": PLATEAU_THRESHOLD},
+        "augmentation": [data.IN_WORDS.get(t, f"{t} | |") for t in data.augmentations(mean, args.without)],
+        **{"steps_per_epoch": steps, "warmup_steps": WARMUP_STEPS},
+        **{"momentum": MOMENTUM, "threshold": PLATEAU_THRESHOLD},
         "commands": [shlex.join(["python", "train.py", *argv])],
         "summary": summary(copy.deepcopy(model).cpu().eval()),
         "settings": settings | {"data": args.data if args.data == "demo" else str(Path(args.data).resolve())},
@@ -229,7 +227,7 @@ def print_header(about: dict, args: argparse.Namespace, device: torch.device) ->
     threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if device.type == "cpu" and threads > 1 and load + threads > os.cpu_count() + 0.5:
         print("Other programs are at work: beside them OMP_NUM_THREADS=1 is many times faster.")
-    if (steps := about["steps"] * args.epochs) < WARMUP_STEPS:
+    if (steps := about["steps_per_epoch"] * args.epochs) < WARMUP_STEPS:
         print(f"Only {steps} steps: the learning rate rises for {WARMUP_STEPS}, so use more epochs.")
     print(f'After a stop: python train.py --resume --output "{args.output}"')
     print("\n  epoch       lr   train loss  accuracy   val loss  accuracy   images/s     time      left")
@@ -270,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     if train.classes != test.classes:
         differing = ", ".join(map(repr, sorted({*train.classes} ^ {*test.classes})))
         raise utils.RunError(f"{args.data}: train and test must have the same classes, not so {differing}")
-    mean, std = data.channel_statistics(train.images)
+    mean, std = data.channel_statistics(train.images)  # of all, so that no flag changes it
     normalize = data.Normalize(mean, std).to(device)
     techniques = data.augmentations(mean, args.without)
     train, validation = data.split_validation(train, args.val_split, args.limit, args.seed)
@@ -279,14 +277,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # Network, optimizer, schedulers
     training = Training(args, len(train.classes), device, precision == torch.float16)
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)  # in validation, too
     about = describe(args, argv, splits, mean, std, training, len(loader), precision)
     history, best = resume(state, about, training) if state else ([], None)
-    if not state:  # now that nothing can be wrong any more, the folder is ours
-        clear(args.output)
-        save(args.output, about, training, history, best)
+    if not state:  # all settings are checked: only now an earlier run may go
         picture = data.plot_augmentations(train, techniques)
+        clear(args.output)
         utils.save_figure(picture, args.output / "augmentations.png", needed=False)
+        save(args.output, about, training, history, best)
     print_header(about, args, device)
 
     # Epochs
@@ -296,12 +294,12 @@ def main(argv: list[str] | None = None) -> None:
         loader.sampler.epoch = epoch
         what = f"epoch {epoch} of {args.epochs}"
         row = train_one_epoch(training, loader, normalize, criterion, precision, what)
-        if epoch == 1:  # begin the average anew: so far the random weights of the start are part of it
+        if epoch == 1:  # begin the average anew: the random weights of the start are part of it
             training.averaged.load_state_dict(training.model.state_dict())
         val_loss, val_accuracy, _ = evaluate(training.averaged, validation, normalize, criterion, precision)
         if not math.isfinite(row["train_loss"] + val_loss):
             raise utils.RunError("the loss is no longer a finite number: try a smaller --lr")
-        lr = training.optimizer.param_groups[0]["lr"]
+        lr = training.optimizer.param_groups[0]["lr"]  # of the last step
         if training.warmup.last_epoch >= WARMUP_STEPS:  # it counts steps; before, the rate still rises
             training.plateau.step(val_loss)
         row |= {"val_loss": val_loss, "val_accuracy": val_accuracy, "seconds": time.perf_counter() - start}
@@ -315,12 +313,11 @@ def main(argv: list[str] | None = None) -> None:
         print_epoch(history[-1], args.epochs, is_best, training.optimizer.param_groups[0]["lr"])
 
     # Test
-    kept = copy.deepcopy(training.averaged)  # whose own state is saved once more below
-    kept.load_state_dict(best["model"])
-    _, accuracy, confusion = evaluate(kept, test, normalize, criterion, precision)
+    training.averaged.load_state_dict(best["model"])  # those of the last epoch are saved
+    _, accuracy, confusion = evaluate(training.averaged, test, normalize, criterion, precision)
     result = {**best, **about, "test_accuracy": accuracy, "confusion": confusion.tolist(), "history": history}
     result["training_seconds"] = sum(row["seconds"] for row in history)
-    save(args.output, about, training, history, result)
+    utils.save_checkpoint(result, args.output / "checkpoint.pt")
     print_result(result, args.output)
 
 

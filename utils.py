@@ -1,4 +1,4 @@
-"""What is not learning, and may be skipped: errors, device, files, terminal, notebook, pictures, report."""
+"""What is not learning, and may be skipped: errors, device, files, terminal, history, pictures, report."""
 
 import argparse
 import hashlib
@@ -25,7 +25,7 @@ import matplotlib.style
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,9 +34,9 @@ EVAL_BATCH = 500  # images; without gradients more of them fit at once
 TILE = 1.6  # inches an image is wide in a figure, room for 22 characters
 PINK = (1, 0, 0.65)  # of heatmaps: no grass, sky or skin has this colour
 HEAT_OPACITY = 0.65  # at most, so that the photo shows through
-MARKED = 0.5  # of a heatmap: the part from here on is inside the line, and is what is blurred
+MARKED = 0.5  # of a heatmap: places of so much or more are inside the line, and are what is blurred
 COUNTS_FIT, NAMES_FIT = 30, 100  # classes in the confusion matrix; with more they could not be read
-# Of pictures, whatever a notebook or a matplotlibrc has set: in a dark style black would be on black.
+# Of all pictures, whatever a notebook or a matplotlibrc has set: in a dark style black would be on black.
 own_style = matplotlib.style.context(["default", {"text.parse_math": False}], after_reset=True)
 
 
@@ -131,7 +131,7 @@ def predict(model: torch.nn.Module, split, normalize, precision: torch.dtype) ->
 def write(path: Path, content: bytes, needed: bool = True) -> None:
     """Replace a file whole or not at all. Raises RunError, or prints a line when the file is not `needed`."""
     temporary = path.with_name(f"{path.name}.tmp")
-    for seconds in (0, 1, 2, 3) if needed else (0,):  # a virus scanner lets go of a file in time
+    for seconds in (0, 1, 2, 3) if needed else (0,):  # a virus scanner may hold a file for a moment
         time.sleep(seconds)
         try:
             with open(temporary, "wb") as file:
@@ -169,7 +169,7 @@ def load_checkpoint(path: Path, keys: tuple, remedy: str) -> dict:
             if archive.testzip():
                 raise zipfile.BadZipFile("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-        [state[key] for key in keys]  # which one of another kind has not
+        [state[key] for key in keys]  # KeyError where the file is of another kind
     except FileNotFoundError:
         raise RunError(f"there is no file {path}: run train.py first, or name another folder") from None
     except Exception as error:  # a damaged file makes torch.load raise one of a dozen types
@@ -207,7 +207,7 @@ def show(*paths: Path) -> None:
         display(*[Image(filename=path) for path in paths if path.exists()])
 
 
-# -------------------- pictures
+# -------------------- history
 def best_epoch(history: list[dict]) -> dict:
     """The first row with the highest validation accuracy; among equals the one with the lowest loss."""
     return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
@@ -218,22 +218,24 @@ def find_cuts(history: list[dict]) -> list[int]:
     return [row["epoch"] for row, after in zip(history, history[1:], strict=False) if after["lr"] < row["lr"]]
 
 
+# -------------------- pictures
 @own_style
 def plot_curves(history: list[dict], title: str) -> Figure:
     """Loss, accuracy (in [0, 1]) and learning rate of each epoch; dotted lines where the plateau cut it."""
     columns = {name: [row[name] for row in history] for name in history[0]}
     epochs, best = columns["epoch"], best_epoch(history)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(title)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
         axis.plot(epochs, columns[f"train_{name}"], "o--", markersize=3, label="training (augmented)")
         axis.plot(epochs, columns[f"val_{name}"], "s-", markersize=3, label="validation")
-    label = f"best: epoch {best['epoch']}, {best['val_accuracy']:.2%}"
+    label = "best: epoch {epoch}, {val_accuracy:.2%}".format(**best)
     accuracy.plot(best["epoch"], best["val_accuracy"], "k*", markersize=12, label=label)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     rate.step(epochs, columns["lr"], "k.-", where="mid", label="learning rate")
     rate.set(yscale="log", ylim=(min(columns["lr"]) / 2, max(columns["lr"]) * 2))
+    rate.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     for axis, name in ((loss, "loss (cross-entropy)"), (accuracy, "accuracy"), (rate, "learning rate")):
         for i, epoch in enumerate(find_cuts(history)):
             axis.axvline(epoch + 0.5, color="grey", ls=":", label="_" if i else "cut by the plateau")
@@ -250,7 +252,7 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str) -> F
     shares = (confusion / confusion.sum(1, keepdim=True)).numpy()
     side = min(max(7.5, 0.16 * len(classes)), 16)  # inches
     figure = Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(title)
     axis = figure.subplots()
     # The root makes an error of one percent visible beside a diagonal of 95.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
@@ -270,10 +272,7 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str) -> F
 
 @own_style
 def plot_grid(images, titles: list[str], columns: int, heading: str, maps: list | None = None) -> Figure:
-    """The images (H, W, 3) in rows of so many columns, each under its title, with its map or None.
-
-    A map (H, W) in [0, 1] is pink over the image, the denser the more, with a line around what is MARKED.
-    """
+    """Rows of images (H, W, 3) uint8, each under its title and, in pink, its map (H, W) in [0, 1] or None."""
     titles = ["\n".join(textwrap.fill(line, 22) for line in title.split("\n")) for title in titles]
     rows, lines = -(-len(images) // columns), 1 + max(title.count("\n") for title in titles)
     width = max(TILE * columns, 4.8)  # inches
@@ -290,7 +289,9 @@ def plot_grid(images, titles: list[str], columns: int, heading: str, maps: list 
         if heat is not None and heat.any():
             pink = np.dstack([np.full((*heat.shape, 3), PINK), HEAT_OPACITY * heat])
             axis.imshow(pink, interpolation="bilinear")
-            line = axis.contour(heat, levels=[MARKED], colors="white", linewidths=1)
+            # With zeros around it, just within the edge at -0.5, the line is closed along the edge.
+            places = [np.clip(range(-1, size + 1), -0.4, size - 0.6) for size in heat.shape[::-1]]
+            line = axis.contour(*places, np.pad(heat, 1), levels=[MARKED], colors="white", linewidths=1)
             line.set_path_effects([withStroke(linewidth=2, foreground="black")])
     return figure
 
@@ -325,11 +326,11 @@ A linear layer turns the averages of the last activations into a score for each 
 | normalised images | makes the mean of a channel 0, its deviation 1 | before: {channels} |
 | label smoothing | asks for less than full certainty | a share of {settings[label_smoothing]} |
 | SGD | steps against the gradient, with Nesterov momentum | {settings[batch_size]} images a step, \
-momentum {momentum}, weight decay {decay}, {warmup} steps of warm-up to a rate of {settings[lr]} |
+momentum {momentum}, weight decay {decay}, {warmup_steps} steps of warm-up to a rate of {settings[lr]} |
 | averaging (EMA) | smooths: the mean of the weights is validated, tested and kept | of about an epoch |
 | ReduceLROnPlateau | cuts the rate when the validation loss stalls | factor {settings[factor]}, \
 patience {settings[patience]}, threshold {threshold:.0%}; {cuts} |
-| Grad-CAM | shows which places of an image speak for a class | {layer} |
+| Grad-CAM | shows what speaks for a class; on errors layer3 is as faithful as layer4, and finer | {layer} |
 ![What the augmentations do to images of this run](augmentations.png)
 ## Graphs
 ![Loss, accuracy and learning rate](curves.png)
@@ -367,7 +368,7 @@ https://arxiv.org/abs/1607.06450, and S. Qiao et al., 2019, https://arxiv.org/ab
 
 
 def plain(value: float) -> str:
-    """Two digits that count, and no exponent: 0.000081."""
+    """Two significant digits and no exponent: 0.000081."""
     return np.format_float_positional(value, 2, fractional=False, trim="-")
 
 
@@ -380,8 +381,8 @@ def table(head: str, rows) -> str:
 def tell_cuts(run: dict) -> str:
     """What became of the learning rate, in words."""
     cuts, rates = find_cuts(run["history"]), [plain(row["lr"]) for row in run["history"]]
-    if (steps := run["steps"] * len(rates)) < run["warmup"]:
-        return f"not asked, as in {steps} steps the rate only rose, to {rates[-1]}"
+    if (steps := run["steps_per_epoch"] * len(rates)) < run["warmup_steps"]:
+        return f"not asked: in {steps} steps the rate only rose, to {rates[-1]}"
     after = f"cut after epoch {', '.join(map(str, cuts))}, from {run['settings']['lr']} to {rates[-1]}"
     return after if cuts else "never cut"
 
@@ -424,7 +425,7 @@ def seal(text: str) -> str:
 
 
 def is_unedited(report: Path) -> bool:
-    text = report.read_text("utf-8", errors="replace")  # an editor may have changed the ends of lines
+    text = report.read_text("utf-8", errors="replace")  # whatever an editor made the ends of lines
     return text == seal(text.partition("\n")[2])
 
 
