@@ -39,7 +39,7 @@ CUTOUT_PROBABILITY = 0.5  # it hides a quarter of the image, so half of the imag
 
 IN_WORDS = {  # of each technique: name | what it does | in numbers
     "crop": "RandomCrop | moves the object by a few pixels, so that its place is no clue | always; "
-    f"{IMAGE_SIZE}x{IMAGE_SIZE} pixels, after {CROP_PADDING} more, mirrored, on each side",
+    f"{IMAGE_SIZE}x{IMAGE_SIZE} pixels of the image with {CROP_PADDING} mirrored ones on each side",
     "flip": f"HorizontalFlip | shows the object's other side, too | {FLIP_PROBABILITY:.0%} of the images",
     "rotate": "Rotate | turns the image a little, as a camera is rarely level | "
     f"{ROTATE_PROBABILITY:.0%} of the images, by {ROTATE_LIMIT} degrees at most",
@@ -306,5 +306,4 @@ def plot_augmentations(train: Split, techniques: dict[str, list]) -> Figure:
     together.set_random_state(np.random.default_rng(PICTURE_SEED), random.Random(PICTURE_SEED))
     columns["all together"] = [together(image=image)["image"] for image in images]
     tiles = [column[row] for row in range(len(images)) for column in columns.values()]
-    titles = list(columns) * len(images)
-    return utils.plot_grid(tiles, titles, len(columns), f"Augmentation of {train.name}")
+    return utils.plot_grid(tiles, [*columns] * len(images), len(columns), f"Augmentation of {train.name}")

@@ -219,9 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         get_parser().error(f"--image: {len(args.image)} files are more than {MOST_IMAGES}")
     args.layer = args.layer or (LAYER if args.image else ERROR_LAYER)
     model, checkpoint = load_model(args.checkpoint)
-    device, precision = utils.choose_device(args.device), checkpoint["settings"]["precision"]
-    precision = "auto" if precision == "fp16" and device.type != "cuda" else precision
-    precision = utils.choose_precision(precision, device)  # that of the run, so that the errors are the same
+    device, wanted = utils.choose_device(args.device), checkpoint["settings"]["precision"]
+    wanted = "auto" if wanted == "fp16" and device.type != "cuda" else wanted
+    precision = utils.choose_precision(wanted, device)  # that of the run, so that the errors are the same
     model.to(device, memory_format=utils.memory_format(device))
     normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
     # A link may stand anywhere; the run is where it leads to.
@@ -235,9 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         test = data.load_split(args.data or checkpoint["settings"]["data"], "test")
         if test.classes != checkpoint["classes"]:
-            raise utils.RunError(
-                f"{test.name} lacks the classes {', '.join(checkpoint['classes'])}: see --data"
-            )
+            names = ", ".join(checkpoint["classes"])
+            raise utils.RunError(f"{test.name} does not have the classes {names}: name another --data")
         checkpoint["commands"].append(shlex.join(["python", "gradcam.py", *argv]))
         figures, report = explain_errors(args, test, model, checkpoint, normalize, precision)
 

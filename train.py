@@ -195,16 +195,15 @@ def describe(args, argv, splits: dict, mean, std, training: Training, steps: int
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
     packages = ("torch", "torchvision", "albumentations", "matplotlib")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    facts = {
-        "network": f"{model.name}, {args.norm} normalisation, {count_parameters(model):,} parameters",
-        "images": ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items()),
-        "hardware": f"{hardware}, {str(precision).removeprefix('torch.')}",
-        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
-        "seed": args.seed,
-    }
     return {
         "title": f"{model.name} on {train.name}, {args.norm} norm{without}, seed {args.seed}",
-        "facts": facts,
+        "facts": {
+            "network": f"{model.name}, {args.norm} normalisation, {count_parameters(model):,} parameters",
+            "images": ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items()),
+            "hardware": f"{hardware}, {str(precision).removeprefix('torch.')}",
+            "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+            "seed": args.seed,
+        },
         "augmentation": [data.IN_WORDS.get(t, f"{t} | |") for t in data.augmentations(mean, args.without)],
         **{"steps_per_epoch": steps, "warmup_steps": WARMUP_STEPS},
         **{"momentum": MOMENTUM, "threshold": PLATEAU_THRESHOLD},

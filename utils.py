@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -32,8 +33,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 IN_NOTEBOOK = "ipykernel" in sys.modules
 EVAL_BATCH = 500  # images; without gradients more of them fit at once
 TILE = 1.6  # inches an image is wide in a figure, room for 22 characters
-PINK = (1, 0, 0.65)  # of heatmaps: no grass, sky or skin has this colour
-HEAT_OPACITY = 0.65  # at most, so that the photo shows through
+PINK, HEAT_OPACITY = (1, 0, 0.65), 0.65  # no grass, sky or skin has this colour; the photo shows through
 MARKED = 0.5  # of a heatmap: places of so much or more are inside the line, and are what is blurred
 COUNTS_FIT, NAMES_FIT = 30, 100  # classes in the confusion matrix; with more they could not be read
 # Of all pictures, whatever a notebook or a matplotlibrc has set: in a dark style black would be on black.
@@ -305,8 +305,7 @@ DATA_IN_WORDS = {  # by the name of the data set; any other is a folder of the u
 REPORT = """# {title}
 Name and date: ____________________
 ## Highlights
-{data} Validation images, set aside from the training images, decided when the learning rate was cut and \
-which epoch was kept. The test images were read once, after the training.
+{data} Validation images decided about cuts and the best epoch; the test images were read once, at the end.
 | | this run |
 | --- | --- |
 | test accuracy | {test_accuracy:.2%} |
@@ -323,12 +322,12 @@ A linear layer turns the averages of the last activations into a score for each 
 | technique | what it does | in this run |
 | --- | --- | --- |
 | {augmentations} |
-| normalised images | makes the mean of a channel 0, its deviation 1 | before: {channels} |
-| label smoothing | asks for less than full certainty | a share of {settings[label_smoothing]} |
+| normalised images | makes the mean of a channel 0, its deviation 1 | means, deviations before: {channels} |
+| label smoothing | asks for less than full certainty | a share of {label_smoothing} |
 | SGD | steps against the gradient, with Nesterov momentum | {settings[batch_size]} images a step, \
-momentum {momentum}, weight decay {decay}, {warmup_steps} steps of warm-up to a rate of {settings[lr]} |
+momentum {momentum}, weight decay {weight_decay}, {warmup_steps} steps of warm-up to a rate of {lr} |
 | averaging (EMA) | smooths: the mean of the weights is validated, tested and kept | of about an epoch |
-| ReduceLROnPlateau | cuts the rate when the validation loss stalls | factor {settings[factor]}, \
+| ReduceLROnPlateau | cuts the rate when the validation loss stalls | factor {factor}, \
 patience {settings[patience]}, threshold {threshold:.0%}; {cuts} |
 | Grad-CAM | shows what speaks for a class; on errors layer3 is as faithful as layer4, and finer | {layer} |
 ![What the augmentations do to images of this run](augmentations.png)
@@ -342,10 +341,10 @@ patience {settings[patience]}, threshold {threshold:.0%}; {cuts} |
 {shown}.
 ?{errors}
 ?![Misclassified test images](misclassified.png)
-?Where did the network look? Grad-CAM, for what it said and for what is true: the activations of a stage are \
-summed, each channel weighted by the mean gradient of the class's score, and what is positive is kept. \
-{legend} Each map has a scale of its own, so two of them do not tell which class had more evidence. A cell \
-of a map has seen much of the image around it: a pink place beside the object may still speak of the object.
+?Where did the network look? Grad-CAM sums the activations of a stage, each channel weighted by the mean \
+gradient of the class's score, and keeps what is positive; here for what was said and what is true. \
+{legend} Each map has its own scale: two do not tell which class had more evidence. Pink beside an object \
+may still speak of it, as a cell of a map sees much of the image.
 ?{blurring}
 ?![The same images under their heatmaps](gradcam.png)
 ## Discussion
@@ -383,7 +382,7 @@ def tell_cuts(run: dict) -> str:
     cuts, rates = find_cuts(run["history"]), [plain(row["lr"]) for row in run["history"]]
     if (steps := run["steps_per_epoch"] * len(rates)) < run["warmup_steps"]:
         return f"not asked: in {steps} steps the rate only rose, to {rates[-1]}"
-    after = f"cut after epoch {', '.join(map(str, cuts))}, from {run['settings']['lr']} to {rates[-1]}"
+    after = f"cut after epoch {', '.join(map(str, cuts))}, from {plain(run['settings']['lr'])} to {rates[-1]}"
     return after if cuts else "never cut"
 
 
@@ -398,7 +397,10 @@ def make_report(run: dict, errors: list[tuple], shown: str, layer: str, legend: 
     own = f"{run['name']}: images of one's own in {len(classes)} classes, resized to 32x32 pixels."
     lines = [line.removeprefix("?") for line in REPORT.split("\n") if errors or line[0] != "?"]
     # Of an absolute path only the last name: the rest is nobody's business.
-    commands = re.sub(r"(?<=')/[^']*/|(?<=[ =])/[^ ']*/", "", "\n".join(run["commands"]))
+    parts = [
+        [re.sub(r"^(--\S+?=)?/.*/(?=.)", r"\1", word) for word in shlex.split(c)] for c in run["commands"]
+    ]
+    commands = "\n".join(map(shlex.join, parts))
     words = {
         "data": DATA_IN_WORDS.get(run["name"], own),
         "best": f"{run['epoch']} of {len(run['history'])}",
@@ -408,7 +410,7 @@ def make_report(run: dict, errors: list[tuple], shown: str, layer: str, legend: 
         "summary": f"```\n{run['summary']}\n```",
         "augmentations": " |\n| ".join(run["augmentation"]) or "augmentation | | none",
         "channels": " ".join(f"{value:.4f}" for value in (*run["mean"], *run["std"])),
-        "decay": plain(settings["weight_decay"]),
+        **{name: plain(settings[name]) for name in ("lr", "weight_decay", "label_smoothing", "factor")},
         "cuts": tell_cuts(run),
         "classes": table("class, test accuracy", zip(classes, map("{:.2%}".format, accuracy), strict=True)),
         "log": table("epoch, training loss, accuracy, validation loss, accuracy, learning rate, time", log),
