@@ -40,7 +40,7 @@ CUTOUT_PROBABILITY = 0.5  # it hides a quarter of the image, so half of the imag
 IN_WORDS = {  # of each technique: name | what it does | in numbers
     "crop": "RandomCrop | moves the object by a few pixels, so that its place is no clue | always; "
     f"{IMAGE_SIZE}x{IMAGE_SIZE} pixels of the image with {CROP_PADDING} mirrored ones on each side",
-    "flip": f"HorizontalFlip | shows the object's other side, too | {FLIP_PROBABILITY:.0%} of the images",
+    "flip": f"HorizontalFlip | shows the mirror image, too | {FLIP_PROBABILITY:.0%} of the images",
     "rotate": "Rotate | turns the image a little, as a camera is rarely level | "
     f"{ROTATE_PROBABILITY:.0%} of the images, by {ROTATE_LIMIT} degrees at most",
     "cutout": "CutOut | hides a square, so that the network must use more than one clue | "
@@ -150,7 +150,7 @@ def load_cifar10(folder: Path, split: str) -> Split:
     archive, found = folder / CIFAR10.filename, sorted(path.name for path in folder.glob("[!.]*"))
     ours = folder.resolve() == Path(DEFAULT_FOLDER).resolve()
     if not ours and not {CIFAR10.base_folder, CIFAR10.filename} & set(found):
-        holds = ", ".join(found[:4]) or "nothing"
+        holds = ", ".join(found[:4]) or "nothing, if it is there"
         raise RunError(f"{folder} holds {holds}: expected train/<class>/* and test/<class>/*, or CIFAR-10")
     timeout = socket.getdefaulttimeout()
     for url in CIFAR10_URLS if ours else CIFAR10_URLS[-1:]:

@@ -28,8 +28,8 @@ LAYERS = ("stem", *STAGES)
 LAYER, ERROR_LAYER = "layer4", "layer3"
 BLUR_KERNEL, BLUR_SIGMA = [21, 21], [5.0, 5.0]  # pixels; it keeps colours and removes shapes
 LEGEND = """The pinker a place, the more it speaks for the class; the line is at half of the full colour. \
-"Blurred there" is that class's probability once the part inside the line is blurred: where it falls a lot, \
-the network needed what the map marks; where it stays, other parts were enough."""
+"Blurred there" is that class's probability once the part inside the line is blurred: where a high one falls \
+a lot, the network needed what the map marks; where it stays, other parts were enough."""
 CHECKPOINT_KEYS = ("model", "settings", "classes", "mean", "std", "title", "name", "commands")
 
 
@@ -170,7 +170,7 @@ def explain_errors(args, test: data.Split, model, checkpoint: dict, normalize, p
     predicted, chosen = logits.argmax(1), choose_errors(logits, labels, args.n, args.seed)
     order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
     shown = f"{int((predicted != labels).sum()):,} of {len(labels):,} test images are misclassified"
-    shown += f"; {len(chosen)} are shown, {order}" if len(chosen) else ""
+    shown += f"; {len(chosen)} shown, {order}" if len(chosen) else ""
     print(f"{test.name}: {shown}")
     rows, titles, figures, blurring = [], [], {}, ""
 
@@ -192,7 +192,8 @@ def explain_errors(args, test: data.Split, model, checkpoint: dict, normalize, p
         grid = utils.plot_grid(images, ["\n".join(words) for words in titles], min(5, len(rows)), heading)
         heatmaps = plot_heatmaps(images, maps, titles, marked, f"Grad-CAM ({args.layer}): {heading}")
         figures = {"misclassified.png": grid, "gradcam.png": heatmaps}
-    if "confusion" not in checkpoint:  # the run has not ended
+    if "confusion" not in checkpoint:
+        print("There is no report, as the run has not ended.")
         return figures, ""
     return figures, utils.make_report(checkpoint, rows, shown, args.layer, LEGEND, blurring)
 
@@ -229,7 +230,6 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or run
     if output.resolve() != run.resolve() and any(output.glob("*.pt")):
         raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
-
     if args.image:
         figures, report = {"own.png": explain_pictures(args, model, checkpoint, normalize, precision)}, ""
     else:
@@ -239,7 +239,6 @@ def main(argv: list[str] | None = None) -> None:
             raise utils.RunError(f"{test.name} does not have the classes {names}: name another --data")
         checkpoint["commands"].append(shlex.join(["python", "gradcam.py", *argv]))
         figures, report = explain_errors(args, test, model, checkpoint, normalize, precision)
-
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         utils.save_figure(figure, output / name)

@@ -172,6 +172,7 @@ def resume(state: dict, about: dict, training: Training) -> tuple[list[dict], di
     if not same or not torch.allclose(state["brightness"], about["brightness"], atol=0.1):
         raise utils.RunError("--data: not the images of the run, or not in the same order")
     training.load_state_dict(state["training"])
+    print(f"Going on after epoch {len(state['history'])}.")
     about["commands"] = state["commands"] + about["commands"]
     for key in ("hardware", "versions"):
         parts = [*state["facts"][key].split(", then "), about["facts"][key]]

@@ -32,7 +32,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IN_NOTEBOOK = "ipykernel" in sys.modules
 EVAL_BATCH = 500  # images; without gradients more of them fit at once
-TILE = 1.6  # inches an image is wide in a figure, room for 22 characters
+TILE = 1.6  # inches an image is wide in a figure, room for 23 characters
 PINK, HEAT_OPACITY = (1, 0, 0.65), 0.65  # no grass, sky or skin has this colour; the photo shows through
 MARKED = 0.5  # of a heatmap: places of so much or more are inside the line, and are what is blurred
 COUNTS_FIT, NAMES_FIT = 30, 100  # classes in the confusion matrix; with more they could not be read
@@ -273,7 +273,7 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str) -> F
 @own_style
 def plot_grid(images, titles: list[str], columns: int, heading: str, maps: list | None = None) -> Figure:
     """Rows of images (H, W, 3) uint8, each under its title and, in pink, its map (H, W) in [0, 1] or None."""
-    titles = ["\n".join(textwrap.fill(line, 22) for line in title.split("\n")) for title in titles]
+    titles = ["\n".join(textwrap.fill(line, 23) for line in title.split("\n")) for title in titles]
     rows, lines = -(-len(images) // columns), 1 + max(title.count("\n") for title in titles)
     width = max(TILE * columns, 4.8)  # inches
     heading = "\n".join(textwrap.fill(line, int(13 * width)) for line in heading.split("\n"))
@@ -305,7 +305,8 @@ DATA_IN_WORDS = {  # by the name of the data set; any other is a folder of the u
 REPORT = """# {title}
 Name and date: ____________________
 ## Highlights
-{data} Validation images decided about cuts and the best epoch; the test images were read once, at the end.
+{data} Validation images, set aside from the training images, decided when the learning rate was cut and \
+which epoch was kept. The test images had no part in that.
 | | this run |
 | --- | --- |
 | test accuracy | {test_accuracy:.2%} |
@@ -322,14 +323,14 @@ A linear layer turns the averages of the last activations into a score for each 
 | technique | what it does | in this run |
 | --- | --- | --- |
 | {augmentations} |
-| normalised images | makes the mean of a channel 0, its deviation 1 | means, deviations before: {channels} |
+| normalised images | gives each channel mean 0 and deviation 1 | means, deviations before: {channels} |
 | label smoothing | asks for less than full certainty | a share of {label_smoothing} |
 | SGD | steps against the gradient, with Nesterov momentum | {settings[batch_size]} images a step, \
-momentum {momentum}, weight decay {weight_decay}, {warmup_steps} steps of warm-up to a rate of {lr} |
+momentum {momentum}, weight decay {weight_decay}, a rate of up to {top}, a warm-up of {warmup_steps} steps |
 | averaging (EMA) | smooths: the mean of the weights is validated, tested and kept | of about an epoch |
 | ReduceLROnPlateau | cuts the rate when the validation loss stalls | factor {factor}, \
 patience {settings[patience]}, threshold {threshold:.0%}; {cuts} |
-| Grad-CAM | shows what speaks for a class; on errors layer3 is as faithful as layer4, and finer | {layer} |
+| Grad-CAM | shows what speaks for a class (layer3: on errors as faithful as layer4, and finer) | {layer} |
 ![What the augmentations do to images of this run](augmentations.png)
 ## Graphs
 ![Loss, accuracy and learning rate](curves.png)
@@ -342,15 +343,15 @@ patience {settings[patience]}, threshold {threshold:.0%}; {cuts} |
 ?{errors}
 ?![Misclassified test images](misclassified.png)
 ?Where did the network look? Grad-CAM sums the activations of a stage, each channel weighted by the mean \
-gradient of the class's score, and keeps what is positive; here for what was said and what is true. \
-{legend} Each map has its own scale: two do not tell which class had more evidence. Pink beside an object \
-may still speak of it, as a cell of a map sees much of the image.
+gradient of the class's score, and keeps what is positive. It is drawn for the predicted and the true class. \
+{legend} Each map has its own scale, so colours cannot be compared between maps. Pink beside an object may \
+still be due to the object: each cell of a map sees much of the image.
 ?{blurring}
 ?![The same images under their heatmaps](gradcam.png)
 ## Discussion
-* The best epoch was {best}. Had the training ended, or would more epochs help? What in the curves shows it?
+* The best epoch was {best}. Had the training converged, or would more epochs help? What shows it?
 Answer:
-?* Most often {confusions}. What have these classes in common? Which technique could help?
+?* Are all classes predicted? The most frequent errors: {confusions}. What have these classes in common?
 ?Answer:
 ?* For which of the images did the network need what its map marks, for which not? What does that tell?
 ?Answer:
@@ -381,7 +382,7 @@ def tell_cuts(run: dict) -> str:
     """What became of the learning rate, in words."""
     cuts, rates = find_cuts(run["history"]), [plain(row["lr"]) for row in run["history"]]
     if (steps := run["steps_per_epoch"] * len(rates)) < run["warmup_steps"]:
-        return f"not asked: in {steps} steps the rate only rose, to {rates[-1]}"
+        return f"never used: in {steps} steps the rate only rose, to {rates[-1]}"
     after = f"cut after epoch {', '.join(map(str, cuts))}, from {plain(run['settings']['lr'])} to {rates[-1]}"
     return after if cuts else "never cut"
 
@@ -391,15 +392,13 @@ def make_report(run: dict, errors: list[tuple], shown: str, layer: str, legend: 
     classes, confusion, settings = run["classes"], torch.tensor(run["confusion"]), run["settings"]
     accuracy, wrong = confusion.diagonal() / confusion.sum(1), confusion.clone().fill_diagonal_(0)
     most = [divmod(int(i), len(classes)) for i in wrong.flatten().argsort(descending=True, stable=True)[:5]]
-    confusions = [f"{classes[t]} was taken for {classes[s]} ({wrong[t, s]})" for t, s in most if wrong[t, s]]
+    confusions = [f"{classes[t]} for {classes[s]} ({wrong[t, s]})" for t, s in most if wrong[t, s]]
     form = "{epoch} {train_loss:.3f} {train_accuracy:.1%} {val_loss:.3f} {val_accuracy:.2%}"
     log = [(*form.format(**row).split(), plain(row["lr"]), clock(row["seconds"])) for row in run["history"]]
-    own = f"{run['name']}: images of one's own in {len(classes)} classes, resized to 32x32 pixels."
+    own = f"{run['name']}: the author's own images, in {len(classes)} classes, resized to 32x32 pixels."
     lines = [line.removeprefix("?") for line in REPORT.split("\n") if errors or line[0] != "?"]
     # Of an absolute path only the last name: the rest is nobody's business.
-    parts = [
-        [re.sub(r"^(--\S+?=)?/.*/(?=.)", r"\1", word) for word in shlex.split(c)] for c in run["commands"]
-    ]
+    parts = [[re.sub(r"^(--\S+?=)?/.*/(?=.)", r"\1", w) for w in shlex.split(c)] for c in run["commands"]]
     commands = "\n".join(map(shlex.join, parts))
     words = {
         "data": DATA_IN_WORDS.get(run["name"], own),
@@ -410,7 +409,8 @@ def make_report(run: dict, errors: list[tuple], shown: str, layer: str, legend: 
         "summary": f"```\n{run['summary']}\n```",
         "augmentations": " |\n| ".join(run["augmentation"]) or "augmentation | | none",
         "channels": " ".join(f"{value:.4f}" for value in (*run["mean"], *run["std"])),
-        **{name: plain(settings[name]) for name in ("lr", "weight_decay", "label_smoothing", "factor")},
+        **{name: plain(settings[name]) for name in ("weight_decay", "label_smoothing", "factor")},
+        "top": plain(max(row["lr"] for row in run["history"])),
         "cuts": tell_cuts(run),
         "classes": table("class, test accuracy", zip(classes, map("{:.2%}".format, accuracy), strict=True)),
         "log": table("epoch, training loss, accuracy, validation loss, accuracy, learning rate, time", log),
