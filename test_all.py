@@ -172,17 +172,6 @@ def test_layer_norm_normalises_each_image_and_standardises_the_filters():
     torch.testing.assert_close(model(images), logits, atol=1e-3, rtol=1e-3)
 
 
-def test_imports_do_nothing(tmp_path):
-    """Also in a process of a notebook, which sets MPLBACKEND to a package that may not be there."""
-    code = """import importlib.metadata as metadata, torch; seed = torch.initial_seed(); import model
-assert not {"albumentations", "matplotlib", "cv2", "torchvision"} & set(sys.modules)
-metadata.entry_points, sys.modules["matplotlib_inline"] = lambda **_: metadata.EntryPoints(), None
-import data, utils, train, gradcam; assert seed == torch.initial_seed()"""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    with started(code, cwd=tmp_path, env=env) as process:
-        assert process.communicate() == ("", "") and process.returncode == 0 and not list(tmp_path.iterdir())
-
-
 # ---------------------------------------- data.py
 def batches(split, batch_size=16, seed=3, workers=0, epochs=(1,), mean=MEAN, without=()) -> list:
     """All batches of the epochs: pairs of images and labels."""
@@ -1188,11 +1177,16 @@ def test_the_texts_of_pages_have_room(n, name):
     assert (line.vertices[0] == line.vertices[-1]).all() and 7 < line.vertices[:, 1].max() < 8
 
 
-def test_the_scripts_run_from_any_folder_with_workers(images, tmp_path):
+def test_imports_do_nothing_and_the_scripts_run_from_any_folder_with_workers(images, tmp_path):
+    """Also in a process of a notebook, which sets MPLBACKEND to a package that may not be there."""
+    code = """import importlib.metadata as metadata, os, runpy, torch, model; seed = torch.initial_seed()
+assert not {"albumentations", "matplotlib", "cv2", "torchvision"} & set(sys.modules)
+metadata.entry_points, sys.modules["matplotlib_inline"] = lambda **_: metadata.EntryPoints(), None
+import data, utils, train, gradcam; assert seed == torch.initial_seed() and not os.listdir()
+for sys.argv in (sys.argv[2:], sys.argv[1:2]): runpy.run_path(sys.argv[0], run_name='__main__')"""
     variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:This DataLoader will"}  # of few cores
+    variables["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     flags = ("--data", os.path.relpath(images, tmp_path), *TINY, "--epochs", 1, "--workers", 2)
-    code = "import runpy\nfor sys.argv in (sys.argv[2:], [sys.argv[1], '--n', '2']):\n"
-    code += "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
     words = (HERE / "gradcam.py", HERE / "train.py", *flags)
     with started(code, *words, cwd=tmp_path, env=os.environ | variables) as process:
         assert not process.communicate(timeout=120)[1] and process.returncode == 0
