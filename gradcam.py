@@ -1,15 +1,15 @@
-"""Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) of the network's errors on the test set.
+"""Explain misclassified test images with Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
 
-python gradcam.py --n 10                 the ten errors of which it was most confident, and report.md
+python gradcam.py --n 10                 the ten most confident mistakes, and report.md
 python gradcam.py --n 20 --seed 1        twenty at random
 python gradcam.py --image cat.jpg        a picture of your own
 """
 
-import argparse
 import os
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,64 +19,66 @@ from torchvision.transforms.functional import gaussian_blur
 
 import data
 import utils
-from model import STAGES, ResNet18
+from model import ResNet18
 
-MOST_IMAGES = 100  # of one picture
-LAYERS = ("stem", *STAGES)
-# Measured by insertion and deletion (Petsiuk et al. 2018, see README): on images that the network gets right
-# layer4, the last (4x4 cells), is the most faithful; on its errors layer3 is as faithful, and finer (8x8).
-LAYER, ERROR_LAYER = "layer4", "layer3"
-BLUR_KERNEL, BLUR_SIGMA = [21, 21], [5.0, 5.0]  # pixels; it keeps colours and removes shapes
-LEGEND = """The pinker a place, the more it speaks for the class; the line is at half of the full colour. \
-"Blurred there" is that class's probability once the part inside the line is blurred: where a high one falls \
-a lot, the network needed what the map marks; where it stays, other parts were enough."""
-CHECKPOINT_KEYS = ("model", "settings", "classes", "mean", "std", "title", "name", "commands")
+MOST_IMAGES = 100  # in one picture
+LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
+MARKED_SHARE = 0.2  # of the picture: the strongest fifth of a map is outlined, and is what is blurred
+LEGEND = """Stronger color means more evidence for the class named above, from the map's lowest value to its \
+highest; the outline encloses the strongest fifth of the picture. "Blurred" is the class's probability after \
+that fifth is blurred: where a high probability drops a lot, the network relied on it; where it hardly \
+changes, it did not need it."""
 
 
 class GradCAM(nn.Module):
-    """Which places of an image speak for a class: heatmaps(). The rest is the usual interface with a hook."""
+    """Which regions of an image are evidence for a class: heatmaps(). The rest is the usual hook interface.
 
-    def __init__(self, model: ResNet18, layer: str = LAYER):
+    model   has the modules normalize, feature (nn.Sequential of named stages) and classifier
+    layer   the stage to explain; any name that is not in model.feature raises ValueError
+    """
+
+    def __init__(self, model: nn.Module, layer: str = "layer4"):
         super().__init__()
-        end = list(dict(model.feature.named_children())).index(layer) + 1
-        self.features_conv = model.feature[:end]
+        names = [name for name, _ in model.feature.named_children()]
+        end = names.index(layer) + 1
+        self.features_conv = nn.Sequential(model.normalize, *model.feature[:end])
         self.classifier = nn.Sequential(*model.feature[end:], model.classifier)
         self.classes = model.classes
         self.gradients = None
 
-    def activations_hook(self, grad: torch.Tensor) -> None:
+    def activations_hook(self, grad):
         """Keeps the gradient (N, C, h, w) of the activations during a backward pass."""
         self.gradients = grad
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, 32, 32) -> logits (N, classes); their backward() fills get_activations_gradient()."""
-        activations = self.features_conv(x)
+    def forward(self, images):
+        """Images (N, 3, H, W) in [0, 1] -> logits (N, classes); backward() then keeps the gradient."""
+        activations = self.features_conv(images)
         if activations.requires_grad:
             activations.register_hook(self.activations_hook)
         return self.classifier(activations)
 
-    def get_activations_gradient(self) -> torch.Tensor | None:
+    def get_activations_gradient(self):
         """The gradient (N, C, h, w) of the last backward pass; None before the first."""
         return self.gradients
 
-    def get_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, 32, 32) -> activations (N, C, h, w) of the layer."""
-        return self.features_conv(x)
+    def get_activations(self, images):
+        """Images (N, 3, H, W) in [0, 1] -> activations (N, C, h, w) of the layer."""
+        return self.features_conv(images)
 
     @torch.enable_grad()
     def heatmaps(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Normalised images (N, 3, H, W) and N class indices -> maps (N, H, W) in [0, 1], equations 1 and 2.
+        """Images (N, 3, H, W) in [0, 1] and N class indices -> maps (N, H, W) in [0, 1], equations 1 and 2.
 
-        Each map is divided by its maximum, then enlarged; it is zero where nothing speaks for the class.
+        Each map is divided by its maximum, then enlarged. It is zero where nothing is evidence for the class.
         """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         with torch.no_grad():  # nothing below the layer is differentiated
             activations = self.features_conv(images)  # (N, C, h, w)
         logits = self.classifier(activations.requires_grad_())  # (N, classes)
-        # No image influences another, so the gradient of the sum holds that of each class logit.
-        score = logits.gather(1, labels[:, None]).sum()
-        (self.gradients,) = torch.autograd.grad(score, activations)
+        # No image influences another, so the gradient of the sum contains that of each image's logit.
+        chosen = logits.gather(1, labels[:, None]).sum()
+        (self.gradients,) = torch.autograd.grad(chosen, activations)
         for module, was_training in modes:
             module.training = was_training
         weights = self.gradients.mean((2, 3), keepdim=True)  # (N, C, 1, 1), equation 1
@@ -86,34 +88,68 @@ class GradCAM(nn.Module):
         return F.interpolate(maps, images.shape[2:], mode="bilinear").squeeze(1).clamp(0, 1)
 
 
-def load_model(path: str | Path) -> tuple[ResNet18, dict]:
+def load_model(path):
     """The network of a checkpoint, on the CPU, for evaluation; and the checkpoint. Raises RunError."""
-    checkpoint = utils.load_checkpoint(Path(path), CHECKPOINT_KEYS, "name the checkpoint.pt of a run")
+    checkpoint = utils.load_checkpoint(Path(path), "name the checkpoint.pt of a run")
     settings = checkpoint["settings"]
     model = ResNet18(len(checkpoint["classes"]), settings["norm"], settings["width"])
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["model"])  # with the mean and standard deviation of the images
     return model.eval(), checkpoint
 
 
-def explain(model: ResNet18, layer: str, images, asked: torch.Tensor, normalize, precision) -> tuple:
-    """Images (n, 32, 32, 3) uint8, k classes of each (n, k) -> maps (n, k, 32, 32), their test (2, n, k)."""
-    device, (n, k) = next(model.parameters()).device, asked.shape
-    repeated = normalize(torch.from_numpy(images).to(device)).repeat_interleave(k, 0)  # (n * k, 3, 32, 32)
-    asked = asked.flatten().to(device)
-    maps = GradCAM(model, layer).heatmaps(repeated, asked)
-    inside = (maps >= utils.MARKED)[:, None]  # (n * k, 1, 32, 32)
-    moved = inside.roll((inside.shape[2] // 2, inside.shape[3] // 2), (2, 3))  # past an edge it comes back in
-    # The test: each class's probability with the marked part blurred, and with such a part elsewhere.
-    blurry, probabilities = gaussian_blur(repeated, BLUR_KERNEL, BLUR_SIGMA), []
-    for part in (inside, moved):
-        with torch.no_grad(), utils.autocast(device, precision):
-            logits = model(torch.where(part, blurry, repeated)).float()
-        probabilities.append(logits.softmax(1).gather(1, asked[:, None]).view(n, k))
-    return maps.view(n, k, *maps.shape[1:]).cpu().numpy(), torch.stack(probabilities).cpu()
+class Explanation(NamedTuple):
+    """For N images and a class of each: maps (N, H, W) in [0, 1], their strongest fifth, its blur test."""
+
+    maps: np.ndarray
+    masks: np.ndarray  # (N, H, W) bool
+    blurred: torch.Tensor  # (N,) probabilities of the class after that fifth is blurred
+    control: torch.Tensor  # (N,) after the middle fifth is blurred instead
+
+    def note(self, i):
+        return f"blurred: {self.blurred[i]:.0%}" if self.masks[i].any() else "(empty map)"
 
 
-def choose_errors(logits: torch.Tensor, labels: torch.Tensor, n: int, seed: int | None) -> torch.Tensor:
-    """Logits (N, classes), labels (N,) -> indices of n errors or fewer, the surest or by a seed."""
+def mark(maps):
+    """Maps (N, H, W) -> masks (N, H, W), bool: the strongest fifth, without pixels where a map is zero."""
+    values = maps.flatten(1)
+    count = round(MARKED_SHARE * values.shape[1])  # 205 of 32x32
+    strongest = values.argsort(dim=1, descending=True, stable=True)[:, :count]
+    masks = torch.zeros_like(values).scatter(1, strongest, 1).view_as(maps) * (maps > 0)
+    # Remove spikes of one or two pixels, to which ridges of an enlarged map lead: an opening by 3x3 pixels.
+    eroded = -F.max_pool2d(-masks, 3, stride=1, padding=1)
+    opened = F.max_pool2d(eroded, 3, stride=1, padding=1)
+    has_core = opened.amax((1, 2), keepdim=True) > 0
+    return torch.where(has_core, opened, masks).bool()
+
+
+@torch.no_grad()
+def explain(model, pictures, labels, layer, autocast) -> Explanation:
+    """Maps of pictures (N, 32, 32, 3) uint8 for N class indices, and their blur test, within autocast."""
+    device = next(model.parameters()).device
+    images = data.to_input(torch.from_numpy(pictures).to(device))
+    labels = labels.to(device)
+    maps = GradCAM(model, layer).heatmaps(images, labels)
+    # Is a map better than "the object is in the middle"? The control is the disc around the center.
+    height, width = images.shape[2:]
+    y = torch.arange(height) - (height - 1) / 2
+    x = torch.arange(width) - (width - 1) / 2
+    closeness = height * width - y[:, None] ** 2 - x**2  # positive, and exact, so the same on every machine
+    masks = mark(maps)
+    middle = mark(closeness.to(maps).expand_as(maps))
+    soft = gaussian_blur(images, [21, 21], [5.0, 5.0])  # pixels; it keeps colors and removes shapes
+    probabilities = []
+    for region in (masks, middle):
+        with autocast:
+            logits = model(torch.where(region[:, None], soft, images))
+        probabilities.append(logits.float().softmax(1).gather(1, labels[:, None]).squeeze(1).cpu())
+    return Explanation(maps.cpu().numpy(), masks.cpu().numpy(), *probabilities)
+
+
+def choose_errors(logits, labels, n, seed=None):
+    """Logits (N, classes), labels (N,) -> indices of n misclassified images or fewer.
+
+    They are the most confident ones or, with a seed, random ones.
+    """
     confidence, predicted = logits.softmax(1).max(1)
     errors = (predicted != labels).nonzero().squeeze(1)
     if seed is None:
@@ -123,126 +159,144 @@ def choose_errors(logits: torch.Tensor, labels: torch.Tensor, n: int, seed: int 
     return errors[order[:n]]
 
 
-def plot_heatmaps(images, maps: np.ndarray, titles: list[tuple], blurred, heading: str) -> utils.Figure:
-    """Each of n images as it is, then under its maps (n, k, 32, 32), with their test, `blurred` (n, k)."""
-    tiles, texts, over_tiles = [], [], []
-    for image, of_image, (name, *words), shares in zip(images, maps, titles, blurred, strict=True):
-        tiles += [image] * (1 + len(words))
-        texts.append(name)
-        over_tiles += [None, *of_image]
-        for word, heatmap, share in zip(words, of_image, shares, strict=True):
-            note = f"blurred there: {share:.0%}" if heatmap.any() else "(nothing speaks for it)"
-            texts.append(f"{word}\n{note}")
-    columns = len(tiles) // len(images) * min(2, len(images))
-    return utils.plot_grid(tiles, texts, columns, f"{heading}\n{LEGEND}", over_tiles)
+def plot_heatmaps(pictures, titles, explanations, heading):
+    """Each of N pictures, then with each explanation's map; titles: for each a list, one title a tile."""
+    captions = []
+    overlays = []
+    for i, (name, *words) in enumerate(titles):
+        captions.append(name)
+        overlays.append(None)
+        for text, explanation in zip(words, explanations, strict=True):
+            captions.append(f"{text}\n{explanation.note(i)}")
+            overlays.append((explanation.maps[i], explanation.masks[i]))
+    tiles_per_image = 1 + len(explanations)
+    tiles = pictures.repeat(tiles_per_image, axis=0)
+    columns = tiles_per_image * min(2, len(pictures))
+    return utils.plot_grid(tiles, captions, columns, f"{heading}\n{LEGEND}", overlays)
 
 
-def explain_pictures(args, model, checkpoint: dict, normalize, precision) -> utils.Figure:
-    """Print the likeliest classes of a user's own pictures and explain two of each. Raises RunError."""
-    images = np.stack([data.read_image(path) for path in args.image])  # as the network sees them: 32x32
-    split = data.Split(images, np.zeros(len(images), np.int64), checkpoint["classes"], "own pictures")
-    logits, _ = utils.predict(model, split, normalize, precision)
-    probabilities, labels = logits.softmax(1).topk(min(3, model.classes))
+def explain_pictures(args, model, checkpoint, autocast):
+    """Print the likeliest classes of a user's own pictures and explain two of each. Returns own.png."""
+    classes = checkpoint["classes"]
+    pictures = np.stack([data.read_image(path) for path in args.image])  # as the network sees them: 32x32
+    with autocast:
+        logits = data.predict(model, pictures)
+    probabilities, labels = logits.softmax(1).topk(min(3, len(classes)))  # (N, 3)
     titles = []
-    for path, shares, of_image in zip(args.image, probabilities, labels, strict=True):
-        named = [f"{split.classes[i]}, {share:.0%}" for i, share in zip(of_image, shares, strict=True)]
-        print(f"{path}: {'; '.join(named)}")
-        titles.append((Path(path).name, *named[:2]))
-    maps, (marked, _) = explain(model, args.layer, images, labels[:, :2], normalize, precision)
-    heading = f"Grad-CAM ({args.layer}) of own pictures\n{checkpoint['title']}"
-    return plot_heatmaps(images, maps, titles, marked, heading)
+    for path, row, of_image in zip(args.image, probabilities, labels, strict=True):
+        guesses = [f"{classes[label]}, {share:.0%}" for label, share in zip(of_image, row, strict=True)]
+        print(f"{path}: {'; '.join(guesses)}")
+        titles.append([Path(path).name, *guesses[:2]])
+    explanations = [explain(model, pictures, column, args.layer, autocast) for column in labels[:, :2].T]
+    heading = f"Grad-CAM ({args.layer}) of own pictures\n{checkpoint['facts']['title']}"
+    return {"own.png": plot_heatmaps(pictures, titles, explanations, heading)}
 
 
-def tell_blurring(maps: np.ndarray, before, marked, elsewhere) -> str:
-    """What blurring did on average to the probabilities (n,) of the predicted class, in a sentence."""
-    there = torch.from_numpy(maps.any((1, 2)))  # a map of zeros marks nothing
-    if not there.any():
-        return "No map marks anything."
-    before, marked, elsewhere = (f"{shares[there].mean():.0%}" for shares in (before, marked, elsewhere))
-    blurring = f"Blurring the marked parts takes the predicted class from {before} to {marked} on average"
-    return f"{blurring}; parts of the same form elsewhere, to {elsewhere}."
+def tell_blurring(before, explanation):
+    """What blurring did on average to the probabilities (N,) of the predicted class, in a sentence."""
+    marked = torch.from_numpy(explanation.masks.any((1, 2)))  # an empty map marks nothing
+    if not marked.any():
+        return "All maps are empty."
+    return (
+        "On average, blurring the outlined fifth changes the predicted class's probability from "
+        f"{before[marked].mean():.0%} to {explanation.blurred[marked].mean():.0%}; "
+        f"blurring the middle fifth instead, to {explanation.control[marked].mean():.0%}."
+    )
 
 
-def explain_errors(args, test: data.Split, model, checkpoint: dict, normalize, precision) -> tuple:
-    """Print the network's errors and explain some. Returns figures by name, and a report if the run ended."""
-    # Which errors?
-    logits, labels = utils.predict(model, test, normalize, precision)
-    predicted, chosen = logits.argmax(1), choose_errors(logits, labels, args.n, args.seed)
-    order = "most confident first" if args.seed is None else f"picked at random (seed {args.seed})"
-    shown = f"{int((predicted != labels).sum()):,} of {len(labels):,} test images are misclassified"
-    shown += f"; {len(chosen)} shown, {order}" if len(chosen) else ""
+def explain_errors(args, test, model, checkpoint, autocast):
+    """Print misclassified images and explain them. Returns figures by name, and words for the report."""
+    # Which images?
+    with autocast:
+        logits = data.predict(model, test.images)
+    labels = torch.from_numpy(test.labels)
+    probabilities = logits.softmax(1)
+    confidence, predicted = probabilities.max(1)
+    chosen = choose_errors(logits, labels, args.n, args.seed)
+    shown = f"{(predicted != labels).sum():,} of {len(labels):,} test images are misclassified"
+    if len(chosen) > 0:
+        order = "most confident first" if args.seed is None else f"chosen at random (seed {args.seed})"
+        shown = f"{shown}; {len(chosen)} shown, {order}"
     print(f"{test.name}: {shown}")
-    rows, titles, figures, blurring = [], [], {}, ""
+    if len(chosen) == 0:
+        return {}, {"shown": shown}
 
-    # Why? Each image twice: for the predicted class and for the true one.
-    if len(chosen):
-        images, asked = test.images[chosen.numpy()], torch.stack([predicted, labels], 1)[chosen]
-        before = logits[chosen].softmax(1).gather(1, asked)  # (n, 2)
-        maps, (marked, elsewhere) = explain(model, args.layer, images, asked, normalize, precision)
-        for i, index in enumerate(chosen.tolist()):
-            (said, true), (sure, right) = (test.classes[label] for label in asked[i]), before[i]
-            file = test.files[index] if test.files else f"test image {index}"
-            blurred = f"{marked[i, 0]:.1%}" if maps[i, 0].any() else "no map"
-            rows.append((file, true, said, f"{sure:.1%}", blurred))
-            print("{:20} is {:16} said {:16} {:>6}; blurred there {:>6}".format(*rows[-1]))
-            titles.append((Path(file).name, f"said {said}, {sure:.0%}", f"is {true}, {right:.0%}"))
-        blurring = tell_blurring(maps[:, 0], before[:, 0], marked[:, 0], elsewhere[:, 0])
-        print(blurring)
-        heading = f"{shown}\n{checkpoint['title']}"
-        grid = utils.plot_grid(images, ["\n".join(words) for words in titles], min(5, len(rows)), heading)
-        heatmaps = plot_heatmaps(images, maps, titles, marked, f"Grad-CAM ({args.layer}): {heading}")
-        figures = {"misclassified.png": grid, "gradcam.png": heatmaps}
-    if "confusion" not in checkpoint:
-        print("There is no report, as the run has not ended.")
-        return figures, ""
-    return figures, utils.make_report(checkpoint, rows, shown, args.layer, LEGEND, blurring)
+    # Why? Each image for the predicted class and for the true one.
+    pictures = test.images[chosen.numpy()]
+    for_predicted = explain(model, pictures, predicted[chosen], args.layer, autocast)
+    for_true = explain(model, pictures, labels[chosen], args.layer, autocast)
+    rows = []
+    titles = []
+    for place, i in enumerate(chosen.tolist()):
+        file = test.files[i] if test.files else f"test image {i}"
+        guess = f"{test.classes[predicted[i]]}, {confidence[i]:.0%}"
+        truth = f"{test.classes[labels[i]]}, {probabilities[i, labels[i]]:.0%}"
+        rows.append([file, guess, truth, for_predicted.note(place)])
+        titles.append([Path(file).name, f"predicted {guess}", f"true {truth}"])
+        print("{:20} predicted {:18} true {:18} {}".format(*rows[-1]))
+    blurring = tell_blurring(confidence[chosen], for_predicted)
+    print(blurring)
+
+    # Pictures and report
+    heading = f"{shown}\n{checkpoint['facts']['title']}"
+    captions = ["\n".join(words) for words in titles]
+    grid = utils.plot_grid(pictures, captions, min(5, len(titles)), heading)
+    explanations = [for_predicted, for_true]
+    heatmaps = plot_heatmaps(pictures, titles, explanations, f"Grad-CAM ({args.layer}): {heading}")
+    words = {"shown": shown, "rows": rows, "layer": args.layer, "legend": LEGEND, "blurring": blurring}
+    return {"misclassified.png": grid, "gradcam.png": heatmaps}, words
 
 
-def get_parser() -> argparse.ArgumentParser:
-    formatter, about = argparse.ArgumentDefaultsHelpFormatter, "Show why the network errs."
-    parser = argparse.ArgumentParser(description=about, formatter_class=formatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--n", type=utils.number(int, 1, MOST_IMAGES), default=10, help="misclassified images to show")
-    add("--image", nargs="+", type=os.path.expanduser, help="explain these files instead, 100 at most")
-    add("--checkpoint", type=utils.path, default=Path("outputs/checkpoint.pt"), help="what train.py wrote")
-    add("--seed", type=utils.number(int, 0, 2**32 - 1), help="pick at random, else the most confident errors")
-    add("--layer", choices=LAYERS, help=f"stage to explain, else {ERROR_LAYER}; for --image {LAYER}")
-    add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
-    add("--data", type=os.path.expanduser, help="folder of the images, or demo, else as in training")
-    add("--output", type=utils.path, help="folder for what is written, else that of the checkpoint")
+def get_parser():
+    number = utils.number
+    parser, add = utils.make_parser("Explain misclassified images with Grad-CAM.")
+    add("--n", 10, "misclassified images to show", type=number(int, 1, MOST_IMAGES))
+    add("--image", None, "explain these files instead", unset="none", nargs="+", type=os.path.expanduser)
+    add("--checkpoint", Path("outputs/checkpoint.pt"), "what train.py wrote", type=utils.path)
+    add("--seed", None, "choose at random", unset="the most confident", type=number(int, 0, 2**32 - 1))
+    add("--layer", "layer4", "stage to explain", choices=LAYERS)
+    add("--device", "auto", "where to compute", choices=utils.DEVICES)
+    add("--data", None, "folder of the images, or demo", unset="as in training", type=os.path.expanduser)
+    add("--output", None, "folder for what is written", unset="that of the checkpoint", type=utils.path)
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+@utils.default_style
+def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     if args.image and len(args.image) > MOST_IMAGES:
-        get_parser().error(f"--image: {len(args.image)} files are more than {MOST_IMAGES}")
-    args.layer = args.layer or (LAYER if args.image else ERROR_LAYER)
+        parser.error(f"--image: {len(args.image)} files are more than {MOST_IMAGES}")
     model, checkpoint = load_model(args.checkpoint)
-    device, wanted = utils.choose_device(args.device), checkpoint["settings"]["precision"]
-    wanted = "auto" if wanted == "fp16" and device.type != "cuda" else wanted
-    precision = utils.choose_precision(wanted, device)  # that of the run, so that the errors are the same
-    model.to(device, memory_format=utils.memory_format(device))
-    normalize = data.Normalize(checkpoint["mean"], checkpoint["std"]).to(device)
-    # A link may stand anywhere; the run is where it leads to.
-    run = (args.checkpoint.resolve() if args.checkpoint.is_symlink() else args.checkpoint).parent
+    run = args.checkpoint.resolve().parent
     output = args.output or run
-    if output.resolve() != run.resolve() and any(output.glob("*.pt")):
+    if output.resolve() != run and any(output.glob("*.pt")):
         raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
+    device = utils.choose_device(args.device)
+    model.to(device, memory_format=utils.memory_format(device))
+    precision = checkpoint["settings"]["precision"]  # that of the run, so that the mistakes are the same
+    autocast = utils.autocast(device, utils.choose_precision(precision, device))
+
+    report = ""
     if args.image:
-        figures, report = {"own.png": explain_pictures(args, model, checkpoint, normalize, precision)}, ""
+        figures = explain_pictures(args, model, checkpoint, autocast)
     else:
         test = data.load_split(args.data or checkpoint["settings"]["data"], "test")
         if test.classes != checkpoint["classes"]:
-            names = ", ".join(checkpoint["classes"])
-            raise utils.RunError(f"{test.name} does not have the classes {names}: name another --data")
-        checkpoint["commands"].append(shlex.join(["python", "gradcam.py", *argv]))
-        figures, report = explain_errors(args, test, model, checkpoint, normalize, precision)
+            raise utils.RunError(f"{test.name} does not have the classes of the run: name another --data")
+        figures, words = explain_errors(args, test, model, checkpoint, autocast)
+        if not checkpoint["result"]:
+            print("No report, because the training has not ended.")
+        elif np.bincount(test.labels).tolist() != checkpoint["facts"]["counts"]["test"]:
+            print("No report, because these are not the test images of the run.")
+        else:
+            checkpoint["commands"].append(shlex.join(["python", "gradcam.py", *argv]))
+            report = utils.make_report(checkpoint, words)
     output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        utils.save_figure(figure, output / name)
     written = [output / name for name in figures]
+    for path, figure in zip(written, figures.values(), strict=True):
+        utils.save_figure(figure, path)
     utils.show(*written)
     if report:
         written.append(utils.write_report(run, output, report))
