@@ -179,7 +179,7 @@ def download_cifar10(folder):
     raise RunError(f"no CIFAR-10: put {CIFAR10.filename} into {folder}, or use --data FOLDER or --data demo")
 
 
-def draw_demo(split, sizes=(12, 16), faintest=0.05):
+def draw_demo(split, sizes=(4, 12), faintest=0.7):
     """Ten classes of shapes at random positions on a noisy background; always the same images.
 
     sizes: smallest and largest side in pixels; faintest: lowest contrast, of which 1 is the highest
@@ -189,7 +189,7 @@ def draw_demo(split, sizes=(12, 16), faintest=0.05):
     labels = rng.permutation(count) % len(DEMO_SHAPES)
     sides = rng.integers(*sizes, count, endpoint=True)
     corners = rng.integers(0, IMAGE_SIZE + 1 - sides[:, None], (count, 2))
-    # Shape and background have any hue, so that only the form tells the class. Faint shapes are hard.
+    # Shape and background have any hue, so that only the form tells the class. Small shapes are hard.
     backgrounds = rng.integers(20, 90, (count, 3))
     colors = rng.integers(120, 220, (count, 3))
     contrasts = rng.uniform(faintest, 1, (count, 1)) * (colors - backgrounds)

@@ -1,7 +1,7 @@
 """Train ResNet18 on CIFAR-10; whenever the validation loss plateaus, the learning rate is reduced.
 
 python train.py --epochs 40                                              the full run
-python train.py --data demo --width 16 --epochs 6 --batch-size 32        a minute, without a network
+python train.py --data demo --width 16 --epochs 10 --batch-size 32       a minute, without a network
 python train.py --resume                                                 continue after a stop
 """
 

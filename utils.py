@@ -255,7 +255,7 @@ def plot_confusion(confusion, classes, title) -> Figure:
     """The accuracy of each class, and a tensor of counts (true class, predicted class), colored by share."""
     shares = (confusion / confusion.sum(1, keepdim=True)).numpy()
     side = min(max(7.5, 0.16 * len(classes)), 16)  # inches
-    size = min(10, 45 * side / len(classes))  # of the letters, in points
+    size = min(10, 40 * side / len(classes))  # of the letters, in points
     figure = Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
     figure.suptitle(title)
     axis = figure.subplots()
