@@ -7,7 +7,6 @@ import ast
 import copy
 import csv
 import hashlib
-import http.server
 import io
 import math
 import os
@@ -18,11 +17,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import unicodedata
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -267,15 +264,11 @@ def test_transparent_pixels_are_mid_gray(tmp_path):
     """Otherwise a black drawing, or a white one, would be a square of one color."""
     drawing = Image.new("RGBA", (32, 32))
     drawing.paste("black", (0, 0, 32, 16))
-    palette = Image.new("L", (32, 32))
-    palette.paste(255, (0, 0, 32, 16))
 
-    black = pixels_of(drawing, tmp_path / "drawing")
-    white = pixels_of(palette.convert("P"), tmp_path / "drawing", transparency=0)
+    pixels = pixels_of(drawing, tmp_path / "drawing")
 
-    assert {*black[:16].flat} == {0}
-    assert {*white[:16].flat} == {255}
-    assert {*black[16:].flat, *white[16:].flat} == {128}
+    assert {*pixels[:16].flat} == {0}
+    assert {*pixels[16:].flat} == {128}
 
 
 def test_a_photo_is_turned_upright_in_spite_of_damaged_tags(tmp_path):
@@ -293,57 +286,57 @@ def test_a_photo_is_turned_upright_in_spite_of_damaged_tags(tmp_path):
 
 def test_a_damaged_image_is_named(tmp_path):
     path = tmp_path / "photo"
-    Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(path, "tiff")  # of which 255 would be white
-    deep = path.read_bytes()
-    Image.fromarray(random_split(1).images[0]).save(path, "png")
-    good = path.read_bytes()
+    deep = Image.fromarray(np.full((32, 32), 1000, np.uint16))
+    deep.save(path, "tiff")  # with 8 bits, all of it would be white
+    bad = [b"", path.read_bytes()]
+    deep.convert("L").save(path, "png")
+    bad.append(path.read_bytes()[:60])
 
-    for content in (b"", deep, good[:300], good[:300] + b"?" + good[301:]):
+    for content in bad:
         path.write_bytes(content)
         with pytest.raises(utils.RunError, match="photo cannot be read as an image"):
             data.read_image(path)
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The address of a server of the files in tmp_path."""
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def test_a_download_tries_the_next_address(monkeypatch, capsys):
+    cifar10 = Mock(side_effect=[OSError("slow"), OSError("gone"), None, OSError, OSError, OSError])
+    monkeypatch.setattr(data, "CIFAR10", cifar10)
+
+    data.download_cifar10(Path("data"))
+
+    assert cifar10.url == data.CIFAR10_URLS[2]
+    assert capsys.readouterr().out.count("no CIFAR-10 from https://") == 2
+    assert socket.getdefaulttimeout() is None
+    with pytest.raises(utils.RunError, match="into data, or use --data FOLDER or --data demo"):
+        data.download_cifar10(Path("data"))
 
 
-def test_cifar10_is_unpacked_and_only_to_the_default_folder_downloaded(server, tmp_path, monkeypatch, capsys):
-    batch = {"data": np.zeros((10, 3072), np.uint8), "labels": [*range(10)], "label_names": [*"abcdefghij"]}
+def test_an_archive_of_cifar10_is_unpacked(tmp_path, monkeypatch):
     inside = lay_out(tmp_path, "served/cifar-10-batches-py") / "served/cifar-10-batches-py"
+    batch = {
+        "data": np.zeros((10, 3072), np.uint8),
+        "labels": list(range(10)),
+        "label_names": list("abcdefghij"),
+    }
     for name in ("first", "second", "test", "meta"):
         (inside / name).write_bytes(pickle.dumps(batch))
-    archive = Path(shutil.make_archive(tmp_path / "whole", "gztar", inside.parent, inside.name))
+    archive = shutil.make_archive(tmp_path / "whole", "gztar", inside.parent, inside.name)
     md5 = hashlib.md5((inside / "test").read_bytes()).hexdigest()
     monkeypatch.setattr(data.CIFAR10, "train_list", [["first", md5], ["second", md5]])
     monkeypatch.setattr(data.CIFAR10, "test_list", [["test", md5]])
     monkeypatch.setattr(data.CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": md5})
-    monkeypatch.setattr(data.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(data, "CIFAR10_URLS", ["http:nonsense", f"{server}/served/cifar-10-batches-py/test"])
-    monkeypatch.chdir(tmp_path)
-    lay_out(tmp_path, "data/MNIST theirs/more")
-    with pytest.raises(utils.RunError, match=r"cifar-10-python.tar.gz into data, .*--data demo"):
-        data.load_splits("data")
-    assert capsys.readouterr().out.count("no CIFAR-10 from ") == 2
-    data.CIFAR10_URLS.append(f"{server}/whole.tar.gz")
+    monkeypatch.setattr(data.CIFAR10, "tgz_md5", hashlib.md5(Path(archive).read_bytes()).hexdigest())
+    theirs = lay_out(tmp_path, "theirs/more") / "theirs"
     with pytest.raises(utils.RunError, match="theirs .*cifar-10-python.tar.gz undamaged"):
-        data.load_splits("theirs")
+        data.load_splits(theirs)
+    Path(archive).rename(theirs / "cifar-10-python.tar.gz")
 
-    training, test = data.load_splits("data")
-    archive.rename("theirs/cifar-10-python.tar.gz")
-    theirs, _ = data.load_splits("theirs")
-    unpacked, _ = data.load_splits("theirs/cifar-10-batches-py")
+    training, test = data.load_splits(theirs)
+    again, _ = data.load_splits(theirs / "cifar-10-batches-py")
 
-    assert len(training.labels) == len(theirs.labels) == len(unpacked.labels) == 20
+    assert len(training.labels) == len(again.labels) == 20
     assert training.name == "CIFAR-10"
     assert test.classes[2] == "c"
-    assert socket.getdefaulttimeout() is None
 
 
 def numbered_split(labels):
@@ -354,18 +347,15 @@ def numbered_split(labels):
 
 
 @pytest.mark.parametrize("limit, count", [(None, 5000), (1000, 1000)])
-def test_the_split_is_stratified_disjoint_and_from_the_seed(limit, count):
+def test_the_split_is_stratified_and_disjoint(limit, count):
     labels = np.random.default_rng(0).permutation(np.arange(5000) % 10)
-    split = numbered_split(labels)
 
-    training, validation = data.split_validation(split, 0.1, limit, 0)
-    _, other = data.split_validation(split, 0.1, limit, 1)
+    training, validation = data.split_validation(numbered_split(labels), 0.1, limit, 0)
 
     assert np.bincount(validation.labels).tolist() == [count / 100] * 10
     assert len({*training.images.flat, *validation.images.flat}) == count
     assert (labels[training.images.flat] == training.labels).all()
     assert (validation.images.flat == data.stratified_order(labels, 0)[: count // 10]).all()
-    assert (validation.images != other.images).any()
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9])
@@ -380,12 +370,6 @@ def test_every_class_of_two_images_or_more_is_in_validation_and_in_training(shar
     assert sorted([*training.images.flat, *validation.images.flat]) == list(range(208))
     assert len({*unchanged} ^ {*validation.images.flat}) <= 5  # one for each class at most
     assert "4 has only one training image" in capsys.readouterr().out
-
-
-def test_a_limit_that_leaves_a_class_without_images_is_an_error():
-    split = numbered_split(np.repeat([0, 1], [1, 99]))
-    with pytest.raises(utils.RunError, match="--limit 3 leaves no image of 0: use a larger one"):
-        data.split_validation(split, 0.1, 3, 0)
 
 
 # ---------------------------------------- batches
@@ -422,8 +406,8 @@ def test_an_epoch_has_each_image_once_with_its_label_in_an_order_of_its_own():
     orders = [list(range(100))]
     for epoch in (1, 2):
         found = batches(split, epochs=[epoch], mean=[1.0, 1.0, 1.0])
-        numbers = torch.cat(found[::2]).amin((1, 2, 3)).numpy().astype(int) - 100
-        assert (torch.cat(found[1::2]).numpy() == split.labels[numbers]).all()
+        numbers = torch.cat(found[::2]).amin((1, 2, 3)).int() - 100
+        assert torch.cat(found[1::2]).tolist() == split.labels[numbers].tolist()
         assert sorted(numbers) == orders[0]
         orders.append(numbers.tolist())
 
@@ -433,20 +417,16 @@ def test_an_epoch_has_each_image_once_with_its_label_in_an_order_of_its_own():
 
 
 def test_each_image_gets_draws_of_its_own_for_each_technique():
-    image = np.zeros((32, 32, 3), np.uint8)
-    image[..., 0] = np.arange(60, 188, 4)  # rises along a row, or falls when flipped
     split = random_split(2000)
-    split.images[:] = image
+    split.images[:] = np.arange(60, 188, 4)[:, None]  # rises along a row, or falls when flipped
 
-    found = batches(split, 500, mean=[0, 0, 1.0])
+    pictures = torch.cat(batches(split, 500, mean=[0, 0, 1.0])[::2]).numpy()
 
-    pictures = torch.cat(found[::2]).numpy().astype(int)
     flip = pictures[:, 0, 31, 0] < pictures[:, 0, 0, 0]
-    cutout = (pictures[..., 2] == 255).any((1, 2))  # blue
+    cutout = (pictures == (0, 0, 255)).all(3).any((1, 2))
     assert flip.mean() == pytest.approx(0.5, abs=0.1)
     assert cutout.mean() == pytest.approx(0.5, abs=0.1)
     assert abs(np.corrcoef(flip, cutout)[0, 1]) < 0.1  # with one seed for both it would be 1
-    assert len({picture.tobytes() for picture in pictures[:100]}) > 60
 
 
 def test_the_report_gets_the_numbers_of_the_augmentations_in_use():
@@ -462,17 +442,19 @@ def test_the_report_gets_the_numbers_of_the_augmentations_in_use():
 
 
 # ---------------------------------------- device and precision
-@pytest.mark.parametrize("feature, fast", [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False)])
-def test_precision_and_device_follow_the_hardware(monkeypatch, feature, fast):
+def test_precision_and_device_follow_the_hardware(monkeypatch):
     native = Mock(side_effect=lambda including_emulation=True: including_emulation)
+    capabilities = Mock(side_effect=[{"amx_bf16": True}, {"avx512_bf16": True}, {"avx512_f": True}])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", native)  # as on a T4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities, raising=False)
 
-    assert (utils.choose_precision("auto", CPU) is torch.bfloat16) == fast
-    assert utils.choose_precision("auto", torch.device("cuda")) is torch.float16
     assert utils.choose_device("auto").type == "mps"
+    assert utils.choose_precision("auto", torch.device("cuda")) is torch.float16
+    assert utils.choose_precision("auto", CPU) is torch.bfloat16
+    assert utils.choose_precision("auto", CPU) is torch.bfloat16
+    assert utils.choose_precision("auto", CPU) is torch.float32
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # PyTorch before 2.11
     assert utils.choose_precision("auto", CPU) is torch.float32
 
@@ -646,18 +628,17 @@ def test_the_test_set_is_read_once_with_the_weights_of_the_best_epoch(story, che
 
 
 def test_log_and_csv_tell_the_history(story, checkpoint):
-    table = story.log.split("left\n")[1].split("\n\n")[0].splitlines()
-    epochs = [line.split() for line in table if "plateaued" not in line]
+    lines = story.log.split("left\n")[1].split("\n\n")[0].splitlines()
+    epochs = [line.split() for line in lines if "plateaued" not in line]
+    rows = csv.DictReader((story.output / "history.csv").read_text().splitlines())
 
-    for words, row in zip(epochs, checkpoint["history"], strict=True):
+    for words, row, in_file in zip(epochs, checkpoint["history"], rows, strict=True):
         assert words[0] == f"{row['epoch']}/8"
         numbers = [float(word) for word in words[1:6]]
         assert numbers == pytest.approx([row[name] for name in ROW[1:]], rel=5e-3)
+        assert in_file == {name: str(value) for name, value in row.items()}
     assert [words[0] for words in epochs if words[-1] == "best"] == ["1/8", "2/8", "3/8", "5/8"]
-    assert table[3].strip() == "validation loss plateaued: learning rate reduced from 0.06 to 0.03"
-    rows = csv.DictReader((story.output / "history.csv").read_text().splitlines())
-    for row, expected in zip(rows, checkpoint["history"], strict=True):
-        assert {name: float(value) for name, value in row.items()} == expected
+    assert lines[3].strip() == "validation loss plateaued: learning rate reduced from 0.06 to 0.03"
 
 
 def assert_same(a, b):
@@ -913,18 +894,10 @@ def mark_by_hand(heat):
     return np.lib.stride_tricks.sliding_window_view(np.pad(eroded, 1), (3, 3)).any((2, 3))
 
 
-def test_the_strongest_fifth_is_marked_without_zeros_and_spikes():
-    coarse = torch.from_numpy(np.random.default_rng(0).random((6, 1, 4, 4)) - 0.3).relu()
-    maps = F.interpolate(coarse, (32, 32), mode="bilinear")[:, 0]
-    maps[5] = 0
-    maps[4] = 0
-    maps[4, 7] = 1  # a line, of which an opening would leave nothing
-
-    masks = gradcam.mark(maps).numpy()
-
-    for i in range(4):
-        assert (masks[i] == mark_by_hand(maps[i].numpy())).all()
-    assert (masks[4:] == maps[4:].numpy()).all()
+def test_a_thin_map_is_marked_whole_and_an_empty_one_nowhere():
+    maps = torch.zeros(2, 32, 32)
+    maps[0, 7] = 1  # of which an opening would leave nothing
+    assert torch.equal(gradcam.mark(maps), maps.bool())
 
 
 def test_explain_blurs_the_marked_region_and_as_a_control_the_middle(network):
@@ -953,8 +926,7 @@ def test_explain_blurs_the_marked_region_and_as_a_control_the_middle(network):
 
 def test_errors_are_chosen_by_probability_or_by_a_seed():
     logits = torch.stack([torch.arange(9.0), torch.zeros(9)], 1)  # the first class, more and more confident
-    labels = torch.ones(9, dtype=torch.int64)
-    labels[8] = 0
+    labels = torch.tensor([1] * 8 + [0])
 
     orders = [gradcam.choose_errors(logits, labels, 9, seed).tolist() for seed in (0, 0, 1)]
 
@@ -1035,25 +1007,27 @@ def test_pages_and_log_name_what_they_show(explained):
     names = explained.test.classes
     plain = tiles(explained.figures["misclassified.png"])
     heated = tiles(explained.figures["gradcam.png"])
-    lines = [" ".join(line.split()) for line in explained.log.splitlines()]
+    log = " ".join(explained.log.split())
 
     for i, index in enumerate(explained.shown):
-        label = for_predicted.labels[i]
-        predicted = f"predicted {names[label]}, {explained.shares[index, label]:.0%}"
-        label = for_true.labels[i]
-        true = f"true {names[label]}, {explained.shares[index, label]:.0%}"
+        shares = explained.shares[index]
         file = f"test image {index}"
+        label = for_predicted.labels[i]
+        predicted = f"predicted {names[label]}, {shares[label]:.0%}"
+        label = for_true.labels[i]
+        true = f"true {names[label]}, {shares[label]:.0%}"
         note = for_predicted.found.note(i)
         assert plain[i].title == f"{file}\n{predicted}\n{true}"
         assert (plain[i].image == explained.test.images[index]).all()
-        group = [tile.title for tile in heated[3 * i : 3 * i + 3]]
-        assert group == [file, f"{predicted}\n{note}", f"{true}\n{for_true.found.note(i)}"]
-        assert f"{file} {predicted} {true} {note}" in lines
+        assert heated[3 * i].title == file
+        assert heated[3 * i + 1].title == f"{predicted}\n{note}"
+        assert heated[3 * i + 2].title == f"{true}\n{for_true.found.note(i)}"
+        assert f"{file} {predicted} {true} {note}" in log
     heading = f"{explained.wrong.sum()} of 500 test images are misclassified; 7 shown, most confident first"
-    assert f"demo: {heading}" in lines
-    heading = f"{heading} ResNet18 of width 8 on demo, batch norm, without cutout, seed 1"
-    for name, start in (("misclassified.png", heading), ("gradcam.png", f"Grad-CAM (layer4): {heading}")):
-        assert " ".join(explained.figures[name].get_suptitle().split()).startswith(start)
+    assert f"demo: {heading}" in log
+    title = " ".join(explained.figures["gradcam.png"].get_suptitle().split())
+    run = "ResNet18 of width 8 on demo, batch norm, without cutout, seed 1"
+    assert title.startswith(f"Grad-CAM (layer4): {heading} {run}")
 
 
 def test_the_mean_of_the_blur_test_leaves_out_empty_maps():
@@ -1173,11 +1147,12 @@ def test_a_confusion_matrix_can_be_read(names):
     axis = figure.axes[0]
     rows = [text.get_text().split("  ") for text in axis.get_yticklabels()]
     assert rows[0][0].startswith(names[0][:5])
-    assert [rows[0][1], rows[1][1]] == ["75.0%", "100.0%"]
+    assert rows[0][1] == "75.0%"
     assert len({name for name, _ in rows}) == len(names)
-    assert axis.images[0].get_array()[0, :2].tolist() == [0.75, 0.25]
+    assert axis.images[0].get_array()[0, 1] == 0.25
     counts = {text.get_position(): text.get_text() for text in axis.texts}
-    assert len(names) > 30 or [counts[0, 0], counts[1, 0]] == ["3", "1"]  # (predicted, true)
+    if len(names) <= 30:
+        assert counts[1, 0] == "1"  # (predicted, true)
     assert_texts_have_room(figure)
 
 
@@ -1194,18 +1169,15 @@ def test_the_texts_of_pages_have_room(n):
 
 def test_the_page_of_augmentations_shows_each_one_alone():
     split = random_split(20)
-    split.images[:] = split.images.clip(100)
+    split.images[:] = split.images.clip(130)
 
     figure = data.plot_augmentations(split, data.augmentations(MEAN, ["rotate"]))
 
     original, crop, flip, cutout, together = tiles(figure)[:5]
     assert together.title == "all together"
-    assert crop.image.min() == 100  # the border is mirrored, not black
-    assert (crop.image != original.image).any()
+    assert crop.image.min() == 130  # the border is mirrored, not black
     assert (flip.image == original.image[:, ::-1]).all()
-    hole = cutout.image[(cutout.image != original.image).any(2)]
-    assert len(hole) > 200
-    assert {*map(tuple, hole)} == {(125, 123, 114)}  # the mean
+    assert {*cutout.image[cutout.image < 130]} == {125, 123, 114}  # the mean
 
 
 def test_pictures_do_not_depend_on_the_style_a_user_has_set(explained):
@@ -1363,9 +1335,8 @@ class Malicious(str):  # the path of a folder that is made when this is unpickle
 
 def test_bad_checkpoints_are_refused_and_run_no_code(finished, tmp_path):
     good = (finished / "checkpoint.pt").read_bytes()
-    middle = len(good) // 2
     bad = tmp_path / "bad.pt"
-    cases = [b"text", good[:-1], good[:middle] + b"???" + good[middle + 3 :]]
+    cases = [b"text", good[:-1], good[:50_000] + b"???" + good[50_003:]]
     for state in ({"result": Malicious(tmp_path / "code has run")}, {"test_accuracy": 0.5}, [1, 2]):
         torch.save(state, bad)  # the second is as in earlier versions
         cases.append(bad.read_bytes())
@@ -1391,11 +1362,6 @@ def test_a_bad_flag_is_named(command):
     assert_one_line_error(call(command), 2, command.split()[1])
 
 
-def test_a_number_out_of_range_is_told_the_range():
-    assert_one_line_error(call("train --width 4"), 2, "argument --width: 4 is not between 8 and 1024")
-    assert_one_line_error(call("train --epochs 0"), 2, "argument --epochs: 0 is not at least 1")
-
-
 @pytest.mark.parametrize("script, flags", [("train", 18), ("gradcam", 8)])
 def test_help_shows_real_defaults(script, flags):
     text = succeed(f"{script} --help")
@@ -1404,6 +1370,9 @@ def test_help_shows_real_defaults(script, flags):
 
 
 BAD_COMMANDS = [
+    ("train --width 4", 2, "argument --width: 4 is not between 8 and 1024"),
+    ("train --epochs 0", 2, "argument --epochs: 0 is not at least 1"),
+    ("train --data demo --limit 5", 1, "--limit 5 leaves no image of"),
     ("train --resume --overwrite", 2, "not allowed with"),
     ("train --resume", 1, "there is no file outputs/last.pt"),
     ("train --resume --output bad", 1, "bad/last.pt is damaged"),
