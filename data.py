@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise its import looks for a newer version on the network
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise its import looks for a newer version online
 import albumentations as A
 import cv2
 
@@ -128,7 +128,7 @@ def read_class_folders(folder, name):
 
 
 def read_image(path):
-    """The first picture of a file, upright, on mid-gray, as (32, 32, 3) uint8 RGB. Raises RunError."""
+    """The first picture of a file, upright, on mid-gray, squeezed to (32, 32, 3) uint8. Raises RunError."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # Pillow would clip all above 255 to white
@@ -146,7 +146,7 @@ def read_image(path):
 
 
 def read_cifar10(folder, split):
-    """CIFAR-10 of a folder; to the default folder it is downloaded. Raises RunError."""
+    """CIFAR-10 from a folder; it is downloaded only to the default folder. Raises RunError."""
     if folder.resolve().name == CIFAR10.base_folder:
         folder = folder.resolve().parent
     is_default = folder.resolve() == Path(DEFAULT_FOLDER).resolve()
@@ -182,10 +182,11 @@ def download_cifar10(folder):
 def draw_demo(split, sizes=(4, 12), faintest=0.7):
     """Ten classes of shapes at random positions on a noisy background; always the same images.
 
-    sizes: smallest and largest side in pixels; faintest: lowest contrast, of which 1 is the highest
+    sizes: smallest and largest side in pixels; faintest: lowest contrast, of which 1 is the highest. The
+    tests draw larger and brighter ones.
     """
     count = DEMO_SIZES[split]
-    rng = np.random.default_rng(list(split.encode()))
+    rng = np.random.default_rng(list(split.encode()))  # the letters are the seed
     labels = rng.permutation(count) % len(DEMO_SHAPES)
     sides = rng.integers(*sizes, count, endpoint=True)
     corners = rng.integers(0, IMAGE_SIZE + 1 - sides[:, None], (count, 2))
@@ -197,7 +198,7 @@ def draw_demo(split, sizes=(4, 12), faintest=0.7):
     shapes = list(DEMO_SHAPES.values())
     for i, (side, (left, top)) in enumerate(zip(sides, corners, strict=True)):
         centers = (2 * np.arange(side) + 1) / side - 1  # of the pixels, in (-1, 1)
-        inside = shapes[labels[i]](centers[None, :], centers[:, None])  # broadcasts to (side, side)
+        inside = shapes[labels[i]](centers[None, :], centers[:, None])  # (side, side), or broadcasts to it
         images[i, top : top + side, left : left + side] += inside[..., None] * contrasts[i]
     images = images.clip(0, 255).astype(np.uint8)
     description = "The demo: ten classes of drawn shapes of random position, size, color and contrast."
@@ -206,7 +207,7 @@ def draw_demo(split, sizes=(4, 12), faintest=0.7):
 
 # -------------------- splitting
 def stratified_order(labels, seed):
-    """A random order of the indices (N,) in which every stretch holds the classes in proportion."""
+    """A random order of the indices (N,) in which every stretch has about the overall class proportions."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
@@ -229,7 +230,7 @@ def split_validation(split, share, limit, seed):
         if len(places) == 1:
             print(f"{name} has only one training image: it is trained with, but not validated")
         in_validation[places[0]] = True
-        in_validation[places[-1]] = False
+        in_validation[places[-1]] = False  # in this order: a single image is trained with
     if not in_validation.any():
         raise RunError("no class has a second image for validation: add training images")
     return split.subset(order[~in_validation]), split.subset(order[in_validation])
@@ -260,7 +261,7 @@ def channel_statistics(images):
 
 # -------------------- augmenting
 def augmentations(mean, without=()):
-    """A dict of lists: the transforms of each technique, in order. CutOut's hole has the mean, in [0, 1].
+    """A dict of lists: the transforms of each technique, in order. mean, in [0, 1], fills CutOut's hole.
 
     Add your own here; if you like, add its purpose to PURPOSES.
     """
@@ -300,9 +301,9 @@ def describe_augmentations(techniques):
 
 
 class AugmentedBatches(Dataset):
-    """Item (key, indices) is a whole batch, augmented: images (B, 32, 32, 3) uint8, labels (B,) int64.
+    """Item (seed, indices) is a whole batch, augmented: images (B, 32, 32, 3) uint8, labels (B,) int64.
 
-    All randomness of a batch comes from its key, so it does not matter which worker makes it, or when.
+    All randomness of a batch comes from its seed, so it does not matter which worker makes it, or when.
     """
 
     def __init__(self, split, techniques):
@@ -310,16 +311,16 @@ class AugmentedBatches(Dataset):
         self.augment = A.Compose(sum(techniques.values(), []))
 
     def __getitem__(self, item):
-        key, indices = item
+        seed, indices = item
         # One generator for all transforms. Compose(seed=...) would give each its own with the *same* seed:
         # one draw would decide flip, rotation and cutout together, and workers would repeat each other.
-        self.augment.set_random_state(np.random.default_rng(key), random.Random(str(key)))
+        self.augment.set_random_state(np.random.default_rng(seed), random.Random(str(seed)))
         images = [self.augment(image=image)["image"] for image in self.split.images[indices]]
         return torch.from_numpy(np.stack(images)), torch.from_numpy(self.split.labels[indices])
 
 
 class BatchKeys(Sampler):
-    """For each batch of self.epoch, which the caller sets, its key [seed, epoch, number] and its indices."""
+    """For each batch of self.epoch, which main sets, its seed [seed, epoch, number] and its image indices."""
 
     def __init__(self, count, batch_size, seed):
         self.count = count
@@ -332,8 +333,8 @@ class BatchKeys(Sampler):
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        for batch, start in enumerate(range(0, self.count, self.batch_size)):
-            yield [self.seed, self.epoch, batch], order[start : start + self.batch_size]
+        for number, start in enumerate(range(0, self.count, self.batch_size)):
+            yield [self.seed, self.epoch, number], order[start : start + self.batch_size]
 
 
 def train_loader(split, techniques, batch_size, seed, workers, device):
@@ -359,7 +360,7 @@ def plot_augmentations(train, techniques):
     columns = {"original": images}
     for name, transforms in {**techniques, "all together": sum(techniques.values(), [])}.items():
         drawn = images
-        for transform in transforms:  # called one by one, with force_apply in spite of p
+        for transform in transforms:  # called one by one; force_apply ignores p
             transform.set_random_state(np.random.default_rng(PICTURE_SEED), random.Random(PICTURE_SEED))
             drawn = [transform(image=image, force_apply=True)["image"] for image in drawn]
         columns[name] = drawn
@@ -377,7 +378,7 @@ def to_input(images):
 
 @torch.no_grad()
 def predict(model, images):
-    """Images (N, 32, 32, 3) uint8 -> logits (N, classes) float32 on the CPU, in evaluation mode."""
+    """Images (N, 32, 32, 3) uint8 -> logits (N, classes) float32 on the CPU; the model stays in eval mode."""
     device = next(model.parameters()).device
     model.eval()
     logits = []

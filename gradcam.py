@@ -25,13 +25,15 @@ MOST_IMAGES = 100  # in one picture
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 MARKED_SHARE = 0.2  # of the picture: the strongest fifth of a map is outlined, and is what is blurred
 LEGEND = """Stronger color means more evidence for the class named above, from the map's lowest value to its \
-highest; the outline encloses the strongest fifth of the picture. "Blurred" is the class's probability after \
+highest; the outline encloses the strongest fifth of the map. "Blurred" is the class's probability after \
 that fifth is blurred: where a high probability drops a lot, the network relied on it; where it hardly \
 changes, it did not need it."""
 
 
 class GradCAM(nn.Module):
-    """Which regions of an image are evidence for a class: heatmaps(). The rest is the usual hook interface.
+    """Which regions of an image are evidence for a class: heatmaps().
+
+    The other methods are the usual interface with a hook; this program does not call them.
 
     model   has the modules normalize, feature (nn.Sequential of named stages) and classifier
     layer   the stage to explain; any name that is not in model.feature raises ValueError
@@ -65,13 +67,12 @@ class GradCAM(nn.Module):
         """Images (N, 3, H, W) in [0, 1] -> activations (N, C, h, w) of the layer."""
         return self.features_conv(images)
 
-    @torch.enable_grad()
     def heatmaps(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in [0, 1] and N class indices -> maps (N, H, W) in [0, 1], equations 1 and 2.
 
         Each map is divided by its maximum, then enlarged. It is zero where nothing is evidence for the class.
+        The network is left in evaluation mode.
         """
-        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         with torch.no_grad():  # nothing below the layer is differentiated
             activations = self.features_conv(images)  # (N, C, h, w)
@@ -79,8 +80,6 @@ class GradCAM(nn.Module):
         # No image influences another, so the gradient of the sum contains that of each image's logit.
         chosen = logits.gather(1, labels[:, None]).sum()
         (self.gradients,) = torch.autograd.grad(chosen, activations)
-        for module, was_training in modes:
-            module.training = was_training
         weights = self.gradients.mean((2, 3), keepdim=True)  # (N, C, 1, 1), equation 1
         maps = F.relu((weights * activations.detach()).sum(1, keepdim=True))  # (N, 1, h, w), equation 2
         peaks = maps.amax((2, 3), keepdim=True)
@@ -110,21 +109,22 @@ class Explanation(NamedTuple):
 
 
 def mark(maps):
-    """Maps (N, H, W) -> masks (N, H, W), bool: the strongest fifth, without pixels where a map is zero."""
+    """Maps (N, H, W) -> masks (N, H, W), bool: the strongest fifth, without zeros and spikes."""
     values = maps.flatten(1)
     count = round(MARKED_SHARE * values.shape[1])  # 205 of 32x32
     strongest = values.argsort(dim=1, descending=True, stable=True)[:, :count]
-    masks = torch.zeros_like(values).scatter(1, strongest, 1).view_as(maps) * (maps > 0)
-    # Remove spikes of one or two pixels, to which ridges of an enlarged map lead: an opening by 3x3 pixels.
+    masks = torch.zeros_like(values).scatter(1, strongest, 1).view_as(maps)
+    masks *= maps > 0
+    # Drop what is less than 3 pixels wide, such as ridges of an enlarged map (morphological opening), unless
+    # little is left: then the map is not smooth.
     eroded = -F.max_pool2d(-masks, 3, stride=1, padding=1)
     opened = F.max_pool2d(eroded, 3, stride=1, padding=1)
-    has_core = opened.amax((1, 2), keepdim=True) > 0
-    return torch.where(has_core, opened, masks).bool()
+    is_most = opened.sum((1, 2), keepdim=True) > 0.9 * masks.sum((1, 2), keepdim=True)
+    return torch.where(is_most, opened, masks).bool()
 
 
-@torch.no_grad()
 def explain(model, pictures, labels, layer, autocast) -> Explanation:
-    """Maps of pictures (N, 32, 32, 3) uint8 for N class indices, and their blur test, within autocast."""
+    """Maps of pictures (N, 32, 32, 3) uint8 for N class indices, and their blur test, under autocast."""
     device = next(model.parameters()).device
     images = data.to_input(torch.from_numpy(pictures).to(device))
     labels = labels.to(device)
@@ -133,13 +133,13 @@ def explain(model, pictures, labels, layer, autocast) -> Explanation:
     height, width = images.shape[2:]
     y = torch.arange(height) - (height - 1) / 2
     x = torch.arange(width) - (width - 1) / 2
-    closeness = height * width - y[:, None] ** 2 - x**2  # positive, and exact, so the same on every machine
+    closeness = height * width - y[:, None] ** 2 - x**2  # the largest in the middle; all are positive
     masks = mark(maps)
     middle = mark(closeness.to(maps).expand_as(maps))
     soft = gaussian_blur(images, [21, 21], [5.0, 5.0])  # pixels; it keeps colors and removes shapes
     probabilities = []
     for region in (masks, middle):
-        with autocast:
+        with torch.no_grad(), autocast:
             logits = model(torch.where(region[:, None], soft, images))
         probabilities.append(logits.float().softmax(1).gather(1, labels[:, None]).squeeze(1).cpu())
     return Explanation(maps.cpu().numpy(), masks.cpu().numpy(), *probabilities)
@@ -160,7 +160,7 @@ def choose_errors(logits, labels, n, seed=None):
 
 
 def plot_heatmaps(pictures, titles, explanations, heading):
-    """Each of N pictures, then with each explanation's map; titles: for each a list, one title a tile."""
+    """For each of N pictures itself, then its maps; titles: for each picture a list, one title a tile."""
     captions = []
     overlays = []
     for i, (name, *words) in enumerate(titles):
@@ -176,18 +176,18 @@ def plot_heatmaps(pictures, titles, explanations, heading):
 
 
 def explain_pictures(args, model, checkpoint, autocast):
-    """Print the likeliest classes of a user's own pictures and explain two of each. Returns own.png."""
+    """Print the likeliest classes of a user's own pictures, explain two of each. Returns figures by name."""
     classes = checkpoint["classes"]
     pictures = np.stack([data.read_image(path) for path in args.image])  # as the network sees them: 32x32
     with autocast:
         logits = data.predict(model, pictures)
-    probabilities, labels = logits.softmax(1).topk(min(3, len(classes)))  # (N, 3)
+    probabilities, likeliest = logits.softmax(1).topk(min(3, len(classes)))  # (N, 3)
     titles = []
-    for path, row, of_image in zip(args.image, probabilities, labels, strict=True):
-        guesses = [f"{classes[label]}, {share:.0%}" for label, share in zip(of_image, row, strict=True)]
+    for path, shares, labels in zip(args.image, probabilities, likeliest, strict=True):
+        guesses = [f"{classes[label]}, {share:.0%}" for label, share in zip(labels, shares, strict=True)]
         print(f"{path}: {'; '.join(guesses)}")
         titles.append([Path(path).name, *guesses[:2]])
-    explanations = [explain(model, pictures, column, args.layer, autocast) for column in labels[:, :2].T]
+    explanations = [explain(model, pictures, column, args.layer, autocast) for column in likeliest[:, :2].T]
     heading = f"Grad-CAM ({args.layer}) of own pictures\n{checkpoint['facts']['title']}"
     return {"own.png": plot_heatmaps(pictures, titles, explanations, heading)}
 
@@ -221,7 +221,7 @@ def explain_errors(args, test, model, checkpoint, autocast):
     if len(chosen) == 0:
         return {}, {"shown": shown}
 
-    # Why? Each image for the predicted class and for the true one.
+    # Where did it look? Each image for the predicted class and for the true one.
     pictures = test.images[chosen.numpy()]
     for_predicted = explain(model, pictures, predicted[chosen], args.layer, autocast)
     for_true = explain(model, pictures, labels[chosen], args.layer, autocast)
@@ -243,7 +243,13 @@ def explain_errors(args, test, model, checkpoint, autocast):
     grid = utils.plot_grid(pictures, captions, min(5, len(titles)), heading)
     explanations = [for_predicted, for_true]
     heatmaps = plot_heatmaps(pictures, titles, explanations, f"Grad-CAM ({args.layer}): {heading}")
-    words = {"shown": shown, "rows": rows, "layer": args.layer, "legend": LEGEND, "blurring": blurring}
+    words = {
+        "shown": shown,
+        "rows": rows,
+        "layer": args.layer,
+        "legend": LEGEND,
+        "blurring": blurring,
+    }
     return {"misclassified.png": grid, "gradcam.png": heatmaps}, words
 
 
@@ -269,13 +275,15 @@ def main(argv=None):
     if args.image and len(args.image) > MOST_IMAGES:
         parser.error(f"--image: {len(args.image)} files are more than {MOST_IMAGES}")
     model, checkpoint = load_model(args.checkpoint)
-    run = args.checkpoint.resolve().parent
-    output = args.output or run
-    if output.resolve() != run and any(output.glob("*.pt")):
+    folder = args.checkpoint.resolve().parent
+    output = args.output or folder
+    if output.resolve() != folder and any(output.glob("*.pt")):
         raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
     device = utils.choose_device(args.device)
     model.to(device, memory_format=utils.memory_format(device))
     precision = checkpoint["settings"]["precision"]  # that of the run, so that the mistakes are the same
+    if device.type != "cuda" and precision == "fp16":
+        precision = "auto"
     autocast = utils.autocast(device, utils.choose_precision(precision, device))
 
     report = ""
@@ -299,7 +307,7 @@ def main(argv=None):
         utils.save_figure(figure, path)
     utils.show(*written)
     if report:
-        written.append(utils.write_report(run, output, report))
+        written.append(utils.write_report(folder, output, report))
     print(f"Written to {output}: {', '.join(path.name for path in written)}")
 
 

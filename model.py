@@ -18,7 +18,7 @@ NORMS = {  # each is called with the number of channels
 
 
 class Normalize(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] -> the same with mean 0 and standard deviation 1 in each channel."""
+    """(images - mean) / std, channel by channel, for images (N, 3, H, W) in [0, 1]."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -34,7 +34,7 @@ class StandardizedWeight(nn.Module):
     """Weight standardization (Qiao et al. 2019): gives every filter mean 0 and variance 1."""
 
     def forward(self, weight):  # (channels, in_channels, H, W)
-        # layer_norm does just this. Its default eps, 1e-5, is too large beside a filter variance of 4e-5.
+        # layer_norm does this, but its default eps, 1e-5, is too large beside variances of 7e-5.
         return nn.functional.layer_norm(weight, weight.shape[1:], eps=1e-8)
 
 
@@ -120,13 +120,13 @@ class ResNet18(nn.Module):
 
 
 def count_parameters(module):
-    """Number of trainable values in a module."""
+    """Number of parameters in a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @torch.no_grad()
 def summary(model):
-    """A table with a line per stage: its name, the shape of its output for one image, its parameters."""
+    """A table of a model on the CPU, in eval mode: each stage, its output for one image, its parameters."""
     lines = [model.name, f"{'stage':12}{'output shape':>18}{'parameters':>14}"]
     stages = dict(model.feature.named_children())
     stages["classifier"] = model.classifier

@@ -1,7 +1,7 @@
 """Train ResNet18 on CIFAR-10; whenever the validation loss plateaus, the learning rate is reduced.
 
 python train.py --epochs 40                                              the full run
-python train.py --data demo --width 16 --epochs 10 --batch-size 32       a minute, without a network
+python train.py --data demo --width 16 --epochs 10 --batch-size 32       a minute, offline
 python train.py --resume                                                 continue after a stop
 """
 
@@ -32,9 +32,8 @@ MOMENTUM = 0.9
 # Less than 1% below the best validation loss is no progress. The loss of averaged weights is so smooth that
 # with the default of 0.01% almost every epoch would be progress, and the rate would be reduced far too late.
 PLATEAU_THRESHOLD = 0.01
-WARMUP_STEPS = (
-    200  # in which the rate rises to --lr; starting with all of it would throw fresh weights far off
-)
+# The learning rate rises to --lr: starting with all of it would throw fresh weights far off.
+WARMUP_STEPS = 200
 SAVE_SECONDS = 30  # after an epoch the files are written if 30 seconds have passed since the last time
 NOT_SETTINGS = {"output", "resume", "overwrite"}  # flags that say nothing about the run itself
 CAN_CHANGE = {"data", "epochs", "workers", "device", "precision"}  # settings that --resume may change
@@ -57,7 +56,7 @@ def get_parser():
     add("--lr", 0.1, "learning rate after the warm-up", type=number(float, 1e-9, 1e6))
     add("--weight-decay", 0.0005, "L2 penalty", type=number(float, 0, 0.9))
     add("--factor", 0.3, "multiplies the learning rate on a plateau", type=number(float, 0.001, 0.999))
-    add("--patience", 1, "epochs without progress before a reduction", type=number(int, 0))
+    add("--patience", 1, "epochs without progress that are tolerated", type=number(int, 0))
     add("--label-smoothing", 0.1, "share spread over all classes", type=number(float, 0, 0.9))
     add("--val-split", 0.1, "share kept for validation", type=number(float, 0.001, 0.9))
     add("--norm", "batch", "normalization; layer: with standardized filters", choices=NORMS)
@@ -133,15 +132,15 @@ class Training:
 
 
 def float_tensors(model):
-    """Parameters and running statistics themselves, no copies; the counts of batches are left out."""
+    """Parameters and running statistics themselves, not copies; the batch counters are left out."""
     return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
-def train_one_epoch(training, loader, criterion, autocast, what="training"):
+def train_one_epoch(training, loader, criterion, autocast, what):
     """One pass over the training images. Returns train_loss, train_accuracy in [0, 1], images_per_second."""
     model = training.model
     device = next(model.parameters()).device
-    pinned = device.type == "cuda"  # only from pinned memory is it safe not to wait for a copy
+    pinned = device.type == "cuda"  # train_loader pins memory, so the CPU need not wait for copies from it
     # The average looks back about one epoch. AveragedModel would make the CPU wait for the GPU in each step.
     update_average = get_ema_multi_avg_fn(decay=1 - 1 / len(loader))
     averages = float_tensors(training.averaged)
@@ -161,16 +160,16 @@ def train_one_epoch(training, loader, criterion, autocast, what="training"):
         training.scaler.scale(loss).backward()
         training.scaler.step(training.optimizer)
         training.scaler.update()
-        training.warmup.step()
+        training.warmup.step()  # without effect after WARMUP_STEPS
         update_average(averages, weights, None)  # the third argument, a count, is not used
 
         # The sums stay on the device: reading them in each step would make the CPU wait.
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-    # Measured on augmented images with the current weights; validation uses averaged ones and looks better.
+    # On augmented images with the current weights; validation uses averaged ones and looks better.
     return {
-        "train_loss": loss_sum.item() / seen,
+        "train_loss": loss_sum.item() / seen,  # .item() waits for the GPU, so the time below is right
         "train_accuracy": correct.item() / seen,
         "images_per_second": seen / (time.perf_counter() - start),
     }
@@ -248,7 +247,7 @@ def describe(args, argv, splits, techniques, training, precision):
 
 
 def save(output, run, training):
-    """Write what an epoch changes, last.pt last: whenever the run is killed, it holds the end of an epoch."""
+    """Write what an epoch changes; last.pt comes last, so a killed run can always be resumed."""
     if run["history"]:  # before the first epoch there is nothing but last.pt to write
         utils.save_checkpoint(run, output / "checkpoint.pt")
         table = io.StringIO()
@@ -263,7 +262,7 @@ def save(output, run, training):
 
 def resume(state, run, training):
     """Restore `training` and `run` as they were after the last epoch. Raises RunError."""
-    # With the same images in another order, some that were trained on would be validated.
+    # With the images in another order, validation would include some that were trained on.
     same_classes = state["classes"] == run["classes"]
     same_counts = state["facts"]["counts"] == run["facts"]["counts"]
     # On another machine a JPEG may be decoded slightly differently.
@@ -333,7 +332,7 @@ def main(argv=None):
 
     # Data
     train, test = data.load_splits(args.data)
-    mean, std = data.channel_statistics(train.images)  # of all, so that no flag changes it
+    mean, std = data.channel_statistics(train.images)  # before the split: no flag of the split changes it
     techniques = data.augmentations(mean, args.without)
     train, validation = data.split_validation(train, args.val_split, args.limit, args.seed)
     splits = {"training": train, "validation": validation, "test": test}
@@ -361,13 +360,13 @@ def main(argv=None):
         start = time.perf_counter()
         loader.sampler.epoch = epoch
         trained = train_one_epoch(training, loader, criterion, autocast, f"epoch {epoch} of {args.epochs}")
-        if epoch == 1:  # restart the average: the random weights of the start are part of it
+        if epoch == 1:  # drop the random initial weights from the average
             training.averaged.load_state_dict(model.state_dict())
         with autocast:
             val_loss, val_accuracy, _ = evaluate(training.averaged, validation, criterion)
         if not math.isfinite(trained["train_loss"] + val_loss):
             raise utils.RunError("the loss is no longer finite: try a smaller --lr")
-        lr = training.optimizer.param_groups[0]["lr"]  # of the last step
+        lr = training.optimizer.param_groups[0]["lr"]  # before a reduction
         if training.warmup.last_epoch >= WARMUP_STEPS:  # it counts steps; before, the rate still rises
             training.plateau.step(val_loss)
         row = {
@@ -379,7 +378,7 @@ def main(argv=None):
             "seconds": time.perf_counter() - start,
         }
         run["history"].append(row)
-        is_best = row is utils.best_epoch(run["history"])  # by validation accuracy
+        is_best = row is utils.best_epoch(run["history"])  # by validation accuracy: that is what counts
         if is_best:
             run["epoch"] = epoch
             run["model"] = copy.deepcopy(training.averaged.state_dict())
@@ -389,7 +388,7 @@ def main(argv=None):
         print_epoch(row, args.epochs, is_best, training.optimizer.param_groups[0]["lr"])
 
     # Test
-    training.averaged.load_state_dict(run["model"])  # the weights of the last epoch are in last.pt
+    training.averaged.load_state_dict(run["model"])  # those of the best epoch; last.pt has the latest
     with autocast:
         _, accuracy, confusion = evaluate(training.averaged, test, criterion)
     run["result"] = {"test_accuracy": accuracy, "confusion": confusion.tolist()}

@@ -146,7 +146,7 @@ def save_figure(figure, path, needed=True):
 
 
 def save_checkpoint(state, path):
-    """Save numbers, strings, lists, dicts and tensors only, so that loading needs to run no code."""
+    """state: numbers, strings, lists, dicts and tensors only, so that loading needs to run no code."""
     buffer = io.BytesIO()  # torch.save straight to a full disk would end the process
     torch.save(state, buffer)
     write(path, buffer.getbuffer())
@@ -244,7 +244,7 @@ def shorten(names, length=22):
     """Names of at most this length, cut in the middle; longer only as far as two would look alike."""
     short = []
     for name in names:
-        half = length // 2
+        half = (length - 1) // 2
         short.append(name if len(name) <= length else f"{name[:half]}…{name[-half:]}")
     if len(set(short)) < len(set(names)):
         return shorten(names, length + 2)
@@ -259,7 +259,7 @@ def plot_confusion(confusion, classes, title) -> Figure:
     figure = Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
     figure.suptitle(title)
     axis = figure.subplots()
-    # The root makes an error of one percent visible beside a diagonal of 95.
+    # Colored by the square root, so that one percent is visible beside a diagonal of 95.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), shrink=0.8)
     axis.set(xlabel="predicted class", ylabel="true class and its accuracy")
@@ -507,14 +507,14 @@ def is_unedited(report):
     return text == seal(text.partition("\n")[2])
 
 
-def write_report(run, output, text):
+def write_report(folder, output, text):
     """Replace report.md, with the run's pictures beside it; an edited one stays beside a report-new.md."""
     for name in ("augmentations.png", "curves.png", "confusion.png"):
-        if output.resolve() != run and (run / name).exists():
-            shutil.copy(run / name, output)
+        if output.resolve() != folder and (folder / name).exists():
+            shutil.copy(folder / name, output)
     report = output / "report.md"
-    if report.exists() and not is_unedited(report):
-        print(f"{report} was edited, so it stays; the new one is report-new.md")
-        report = output / "report-new.md"
+    while report.exists() and not is_unedited(report):
+        print(f"{report} was edited, so it stays")
+        report = report.with_stem(f"{report.stem}-new")
     write(report, seal(text).encode())
     return report
