@@ -30,12 +30,24 @@ cv2.setNumThreads(0)  # the images are tiny: threads inside each worker only get
 
 IMAGE_SIZE = 32  # pixels
 PURPOSES = {  # of each technique in augmentations(): its name and what it is for
-    "crop": ("RandomCrop", "moves the object by a few pixels, so that the network cannot rely on position"),
+    "crop": (
+        "RandomCrop",
+        "moves the image by a few pixels, with mirrored edges, so that exact position matters less",
+    ),
     "flip": ("HorizontalFlip", "shows the mirror image, too"),
-    "rotate": ("Rotate", "turns the image a little, because a camera is rarely level"),
-    "cutout": ("CutOut", "hides a square, so that the network must use more than one clue"),
+    "rotate": ("Rotate", "turns the image a little, so that tilt matters less"),
+    "cutout": ("CutOut", "hides a square under the mean color, so that no single clue is always there"),
 }
-SETTINGS = ("padding", "height", "width", "limit", "hole_height_range", "hole_width_range", "p")  # to report
+SETTINGS = (  # of transforms, to report
+    "padding",
+    "height",
+    "width",
+    "limit",
+    "num_holes_range",
+    "hole_height_range",
+    "hole_width_range",
+    "p",
+)
 PICTURE_SEED = 8  # of augmentations.png, chosen so that each technique can be seen
 IMAGE_FILES = (*IMG_EXTENSIONS, ".gif", ".jfif")
 DEFAULT_FOLDER = "data"  # where CIFAR-10 is, or is downloaded to
@@ -122,7 +134,7 @@ def read_class_folders(folder, name):
     if empty or not classes:
         raise RunError(f"{folder}/<class>/* must be images: none found in {', '.join(empty) or 'any class'}")
     images = np.stack([read_image(path) for path in utils.progress(paths, f"reading {folder}")])
-    description = f"{name}: a custom dataset of {len(classes)} classes, resized to 32x32 pixels."
+    description = f"{name}: a custom dataset of {len(classes)} classes, squeezed to 32x32 pixels."
     files = [path.relative_to(folder).as_posix() for path in paths]
     return Split(images, np.array(labels, np.int64), classes, name, description, files)
 
@@ -155,7 +167,7 @@ def read_cifar10(folder, split):
     try:
         cifar10 = CIFAR10(folder, train=split == "train")
     except RuntimeError as error:  # not there, or damaged
-        wanted = f"train/<class>/* and test/<class>/*, or {CIFAR10.filename} undamaged"
+        wanted = f"train/<class>/* and test/<class>/*, or an undamaged {CIFAR10.filename}"
         raise RunError(f"{folder} is missing or empty, or does not contain {wanted}") from error
     labels = np.array(cifar10.targets, np.int64)
     description = "CIFAR-10 (Krizhevsky 2009): 60,000 photographs of 32x32 pixels in ten classes."
@@ -226,9 +238,9 @@ def split_validation(split, share, limit, seed):
     for label, name in enumerate(split.classes):
         places = np.flatnonzero(split.labels[order] == label)
         if len(places) == 0:
-            raise RunError(f"--limit {limit} leaves no image of {name}: use a larger one")
+            raise RunError(f"--limit {limit} leaves no image of {name}: use a larger number")
         if len(places) == 1:
-            print(f"{name} has only one training image: it is trained with, but not validated")
+            print(f"{name} has only one image, which is used for training, not validation")
         in_validation[places[0]] = True
         in_validation[places[-1]] = False  # in this order: a single image is trained with
     if not in_validation.any():

@@ -1,6 +1,6 @@
 """Explain misclassified test images with Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
 
-python gradcam.py --n 10                 the ten most confident mistakes, and report.md
+python gradcam.py --n 10                 the ten most confident ones, and report.md
 python gradcam.py --n 20 --seed 1        twenty at random
 python gradcam.py --image cat.jpg        a picture of your own
 """
@@ -25,9 +25,9 @@ MOST_IMAGES = 100  # in one picture
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 MARKED_SHARE = 0.2  # of the picture: the strongest fifth of a map is outlined, and is what is blurred
 LEGEND = """Stronger color means more evidence for the class named above, from the map's lowest value to its \
-highest; the outline encloses the strongest fifth of the map. "Blurred" is the class's probability after \
-that fifth is blurred: where a high probability drops a lot, the network relied on it; where it hardly \
-changes, it did not need it."""
+highest, so colors of two maps cannot be compared. The outline encloses the strongest fifth of the map. \
+"Blurred" is the class's probability after that fifth is blurred: where a high probability drops a lot, the \
+network relied on details there; where it hardly changes, it did not need them."""
 
 
 class GradCAM(nn.Module):
@@ -188,7 +188,7 @@ def explain_pictures(args, model, checkpoint, autocast):
         print(f"{path}: {'; '.join(guesses)}")
         titles.append([Path(path).name, *guesses[:2]])
     explanations = [explain(model, pictures, column, args.layer, autocast) for column in likeliest[:, :2].T]
-    heading = f"Grad-CAM ({args.layer}) of own pictures\n{checkpoint['facts']['title']}"
+    heading = f"Grad-CAM ({args.layer}) of your pictures\n{checkpoint['facts']['title']}"
     return {"own.png": plot_heatmaps(pictures, titles, explanations, heading)}
 
 
@@ -198,9 +198,9 @@ def tell_blurring(before, explanation):
     if not marked.any():
         return "All maps are empty."
     return (
-        "On average, blurring the outlined fifth changes the predicted class's probability from "
-        f"{before[marked].mean():.0%} to {explanation.blurred[marked].mean():.0%}; "
-        f"blurring the middle fifth instead, to {explanation.control[marked].mean():.0%}."
+        f"The predicted class's mean probability is {before[marked].mean():.0%}; "
+        f"with the outlined fifth blurred, {explanation.blurred[marked].mean():.0%}; "
+        f"with the middle fifth blurred instead, {explanation.control[marked].mean():.0%}."
     )
 
 
@@ -254,16 +254,21 @@ def explain_errors(args, test, model, checkpoint, autocast):
 
 
 def get_parser():
-    number = utils.number
     parser, add = utils.make_parser("Explain misclassified images with Grad-CAM.")
-    add("--n", 10, "misclassified images to show", type=number(int, 1, MOST_IMAGES))
+    add("--n", 10, "misclassified images to show", type=utils.number(int, 1, MOST_IMAGES))
     add("--image", None, "explain these files instead", unset="none", nargs="+", type=os.path.expanduser)
-    add("--checkpoint", Path("outputs/checkpoint.pt"), "what train.py wrote", type=utils.path)
-    add("--seed", None, "choose at random", unset="the most confident", type=number(int, 0, 2**32 - 1))
+    add("--checkpoint", Path("outputs/checkpoint.pt"), "checkpoint.pt of a run", type=utils.path)
+    add(
+        "--seed",
+        None,
+        "seed for a random choice",
+        unset="the most confident",
+        type=utils.number(int, 0, 2**32 - 1),
+    )
     add("--layer", "layer4", "stage to explain", choices=LAYERS)
     add("--device", "auto", "where to compute", choices=utils.DEVICES)
     add("--data", None, "folder of the images, or demo", unset="as in training", type=os.path.expanduser)
-    add("--output", None, "folder for what is written", unset="that of the checkpoint", type=utils.path)
+    add("--output", None, "output folder", unset="that of the checkpoint", type=utils.path)
     return parser
 
 
@@ -281,7 +286,7 @@ def main(argv=None):
         raise utils.RunError(f"{output} holds another run, whose pictures must stay: name another --output")
     device = utils.choose_device(args.device)
     model.to(device, memory_format=utils.memory_format(device))
-    precision = checkpoint["settings"]["precision"]  # that of the run, so that the mistakes are the same
+    precision = checkpoint["settings"]["precision"]  # that of the run
     if device.type != "cuda" and precision == "fp16":
         precision = "auto"
     autocast = utils.autocast(device, utils.choose_precision(precision, device))

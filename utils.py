@@ -162,10 +162,12 @@ def load_checkpoint(path, remedy):
         if "result" not in state:
             raise KeyError("no result")
     except FileNotFoundError:
-        raise RunError(f"there is no file {path}: run train.py first, or name another folder") from None
+        raise RunError(f"there is no file {path}: run train.py first, or check the path") from None
     except Exception as error:  # for a damaged file, torch.load raises one of a dozen types
         reason = str(error).partition("\n")[0][:80]
-        raise RunError(f"{path} is damaged or not by this version of train.py ({reason}): {remedy}") from None
+        raise RunError(
+            f"{path} is damaged or from another version of train.py ({reason}): {remedy}"
+        ) from None
     return state
 
 
@@ -350,10 +352,10 @@ was reduced and which epoch was kept. {independence}
 
 ## About the model
 
-ResNet18 (He et al. 2015) consists of eight residual blocks in four stages. In each block, two 3x3 \
-convolutions with {settings[norm]} normalization learn what has to be added to their input, which a shortcut \
-carries past them. The last activations are averaged over all positions, and a linear layer turns the \
-averages into a logit for each class.
+ResNet18 (He et al. 2015), here with a 3x3 first convolution and no max-pool, has eight residual blocks in \
+four stages. In each, two 3x3 convolutions with {facts[norm]} learn what to add to their input, which a \
+shortcut carries past them. A linear layer turns the last activations, averaged over all positions, into a \
+logit for each class.
 
 ```
 {facts[summary]}
@@ -365,13 +367,14 @@ averages into a logit for each class.
 | --- | --- | --- |
 {augmentation}
 | normalized images | gives each channel mean 0 and standard deviation 1 | before: mean \
-{mean[0]:.4f} {mean[1]:.4f} {mean[2]:.4f}, std {std[0]:.4f} {std[1]:.4f} {std[2]:.4f} |
-| label smoothing | softens the targets | {settings[label_smoothing]:.2g} of each label is spread over all \
-classes |
+{mean[0]:.4f} {mean[1]:.4f} {mean[2]:.4f}, standard deviation {std[0]:.4f} {std[1]:.4f} {std[2]:.4f} |
+| label smoothing | softens the targets, so no loss can reach 0 | {settings[label_smoothing]:.2g} of each \
+label is spread over all classes |
 | SGD with Nesterov momentum | updates the weights | {settings[batch_size]} images per step, momentum \
 {facts[momentum]}, weight decay {settings[weight_decay]:.2g}, learning rate {settings[lr]:.2g} \
 after {facts[warmup_steps]} steps of warm-up |
-| weight averaging (EMA) | smooths: averaged weights are validated, tested and kept | over about an epoch |
+| weight averaging (EMA) | averaged weights are validated, tested and kept; the training columns are of the \
+current weights and augmented images | over about an epoch |
 | ReduceLROnPlateau | reduces the learning rate when the validation loss plateaus | factor \
 {settings[factor]:.2g}, patience {settings[patience]}, threshold {facts[threshold]:.0%}; {reductions} |
 | Grad-CAM | shows which regions are evidence for a class | see Images |
@@ -400,8 +403,8 @@ after {facts[warmup_steps]} steps of warm-up |
 {errors}
 ## Discussion
 
-* The best epoch was {best[epoch]} of {last[epoch]}. Had the training converged, or would more epochs help? \
-Support your answer with the curves.
+* Epoch {best[epoch]} of {last[epoch]} was best. By more than chance? Would more epochs help? Support your \
+answer with the curves.
 
 Answer:
 {questions}
@@ -421,7 +424,7 @@ LOG_ROW = (
     "| {epoch} | {train_loss:.3f} | {train_accuracy:.1%} | {val_loss:.3f} | {val_accuracy:.2%} | {lr:.2g} |"
 )
 ERRORS = """
-| image | predicted class | true class | outlined fifth |
+| image | predicted class | true class | blur test of the predicted class |
 | --- | --- | --- | --- |
 {rows}
 
@@ -436,12 +439,12 @@ true class. {legend}
 ![The same images with their heatmaps](gradcam.png)
 """
 QUESTIONS = """
-* The most frequent confusions: {confusions}. What do these classes have in common?
+* The most frequent confusions: {confusions}. What does each pair have in common?
 
 Answer:
 
-* For which of the images did the network rely on the outlined fifth, for which not? What does that tell you \
-about its mistakes?
+* For which images did the network rely on the outlined fifth? Does blurring it matter more than blurring \
+the middle?
 
 Answer:
 """
@@ -468,7 +471,7 @@ def make_report(run, words):
     confusion = torch.tensor(run["result"]["confusion"])
     accuracies = (confusion.diagonal() / confusion.sum(1)).tolist()
     epochs = ", ".join(str(epoch) for epoch in find_reductions(history))
-    reductions = f"reduced after epoch {epochs}, to {history[-1]['lr']:.2g}" if epochs else "never reduced"
+    reductions = f"reduced after epoch {epochs}; last {history[-1]['lr']:.2g}" if epochs else "never reduced"
     errors = ""
     questions = ""
     if "rows" in words:
@@ -514,7 +517,7 @@ def write_report(folder, output, text):
             shutil.copy(folder / name, output)
     report = output / "report.md"
     while report.exists() and not is_unedited(report):
-        print(f"{report} was edited, so it stays")
+        print(f"{report} was edited, so it stays, but its pictures are new")
         report = report.with_stem(f"{report.stem}-new")
     write(report, seal(text).encode())
     return report
