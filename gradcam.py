@@ -21,13 +21,12 @@ import data
 import utils
 from model import ResNet18
 
-MOST_IMAGES = 100  # in one picture
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 MARKED_SHARE = 0.2  # of the picture: the strongest fifth of a map is outlined, and is what is blurred
-LEGEND = """Stronger color means more evidence for the class named above, from the map's lowest value to its \
+LEGEND = """Stronger pink means more evidence for the class named above, from the map's lowest value to its \
 highest, so colors of two maps cannot be compared. The outline encloses the strongest fifth of the map. \
-"Blurred" is the class's probability after that fifth is blurred: where a high probability drops a lot, the \
-network relied on details there; where it hardly changes, it did not need them."""
+"Blurred" is the class's probability after that fifth is blurred: where it drops a lot, the network relied \
+on details there."""
 
 
 class GradCAM(nn.Module):
@@ -90,6 +89,8 @@ class GradCAM(nn.Module):
 def load_model(path):
     """The network of a checkpoint, on the CPU, for evaluation; and the checkpoint. Raises RunError."""
     checkpoint = utils.load_checkpoint(Path(path), "name the checkpoint.pt of a run")
+    if not checkpoint["epoch"]:
+        raise utils.RunError(f"{path}: no epoch of this run is saved yet: use train.py --resume")
     settings = checkpoint["settings"]
     model = ResNet18(len(checkpoint["classes"]), settings["norm"], settings["width"])
     model.load_state_dict(checkpoint["model"])  # with the mean and standard deviation of the images
@@ -255,7 +256,7 @@ def explain_errors(args, test, model, checkpoint, autocast):
 
 def get_parser():
     parser, add = utils.make_parser("Explain misclassified images with Grad-CAM.")
-    add("--n", 10, "misclassified images to show", type=utils.number(int, 1, MOST_IMAGES))
+    add("--n", 10, "misclassified images to show", type=utils.number(int, 1, 100))
     add("--image", None, "explain these files instead", unset="none", nargs="+", type=os.path.expanduser)
     add("--checkpoint", Path("outputs/checkpoint.pt"), "checkpoint.pt of a run", type=utils.path)
     add(
@@ -277,8 +278,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = get_parser()
     args = parser.parse_args(argv)
-    if args.image and len(args.image) > MOST_IMAGES:
-        parser.error(f"--image: {len(args.image)} files are more than {MOST_IMAGES}")
+    if args.image and len(args.image) > 100:
+        parser.error(f"--image: {len(args.image)} files are more than 100")
     model, checkpoint = load_model(args.checkpoint)
     folder = args.checkpoint.resolve().parent
     output = args.output or folder
@@ -300,7 +301,7 @@ def main(argv=None):
             raise utils.RunError(f"{test.name} does not have the classes of the run: name another --data")
         figures, words = explain_errors(args, test, model, checkpoint, autocast)
         if not checkpoint["result"]:
-            print("No report, because the training has not ended.")
+            print("No report: this file has no test result; checkpoint.pt gets it when the training ends.")
         elif np.bincount(test.labels).tolist() != checkpoint["facts"]["counts"]["test"]:
             print("No report, because these are not the test images of the run.")
         else:

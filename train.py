@@ -65,8 +65,14 @@ def get_parser():
     add("--seed", 0, "random seed", type=number(int, 0, 2**32 - 1))
     add("--device", "auto", "where to compute", choices=utils.DEVICES)
     add("--precision", "auto", "numeric precision", choices=["auto", *utils.PRECISIONS])
-    techniques = data.augmentations([0, 0, 0])
-    add("--without", [], "augmentations to turn off", unset="none", nargs="+", choices=techniques)
+    add(
+        "--without",
+        [],
+        "augmentations to turn off",
+        unset="none",
+        nargs="+",
+        choices=data.augmentations([0, 0, 0]),
+    )
     add(
         "--limit",
         None,
@@ -214,7 +220,7 @@ def describe(args, argv, splits, techniques, training, precision):
     without = f", without {' and '.join(args.without)}" if args.without else ""
     shared = data.count_shared(splits["test"], train, splits["validation"])
     overlap = ""
-    if shared > 0:
+    if shared:
         overlap = f"{shared:,} test images are also training images, so the test accuracy may be too high."
     norm = "layer normalization and standardized filters" if args.norm == "layer" else "batch normalization"
     facts = {
@@ -230,7 +236,6 @@ def describe(args, argv, splits, techniques, training, precision):
         "hardware": f"{hardware}, {str(precision).removeprefix('torch.')}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
         "augmentation": data.describe_augmentations(techniques),
-        "seed": args.seed,
         "warmup_steps": WARMUP_STEPS,
         "momentum": MOMENTUM,
         "threshold": PLATEAU_THRESHOLD,
@@ -257,8 +262,8 @@ def save(output, run, training):
         writer.writeheader()
         writer.writerows(run["history"])
         utils.write(output / "history.csv", table.getvalue().encode(), needed=False)
-        curves = utils.plot_curves(run["history"], run["facts"]["title"])
-        utils.save_figure(curves, output / "curves.png", needed=False)
+        figure = utils.plot_curves(run["history"], run["facts"]["title"])
+        utils.save_figure(figure, output / "curves.png", needed=False)
     utils.save_checkpoint(run | {"training": training.state_dict()}, output / "last.pt")
 
 
@@ -292,7 +297,7 @@ def clear(output):
 
 def print_header(run, args, device, steps):
     facts = run["facts"]
-    for name in ("network", "images", "hardware", "versions", "seed"):
+    for name in ("network", "images", "hardware", "versions"):
         print(f"{name:12}{facts[name]}")
     if facts["overlap"]:
         print(facts["overlap"])

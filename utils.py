@@ -371,8 +371,8 @@ logit for each class.
 | label smoothing | softens the targets, so no loss can reach 0 | {settings[label_smoothing]:.2g} of each \
 label is spread over all classes |
 | SGD with Nesterov momentum | updates the weights | {settings[batch_size]} images per step, momentum \
-{facts[momentum]}, weight decay {settings[weight_decay]:.2g}, learning rate {settings[lr]:.2g} \
-after {facts[warmup_steps]} steps of warm-up |
+{facts[momentum]}, weight decay {settings[weight_decay]:.2g}, learning rate {settings[lr]:.2g} from \
+step {facts[warmup_steps]} on, less before |
 | weight averaging (EMA) | averaged weights are validated, tested and kept; the training columns are of the \
 current weights and augmented images | over about an epoch |
 | ReduceLROnPlateau | reduces the learning rate when the validation loss plateaus | factor \
