@@ -154,7 +154,7 @@ def finished(images, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished")
     log = succeed(f"train --data {images} --output {output} {TINY}")
     assert f'To resume: python train.py --resume --output "{output}"' in log
-    assert "Only 8 steps: the learning rate rises for 200" in log
+    assert "Only 8 steps: the learning rate rises for 200, so" in log
     return output
 
 
@@ -180,16 +180,13 @@ def test_network_is_the_known_resnet18():
 
 
 def test_layer_norm_normalizes_each_image_and_standardizes_the_filters():
-    model = ResNet18(norm="layer", width=8)
-    x = torch.randn(2, 8, 8, 8)
-    x[0] *= 5
-    normal = model.feature.stem[1](x)
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    modules = list(ResNet18(norm="layer", width=8).modules())
+    norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
+    convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
 
-    assert normal.mean((1, 2, 3)).tolist() == pytest.approx([0, 0], abs=1e-3)
-    assert normal.std((1, 2, 3)).tolist() == pytest.approx([1, 1], abs=1e-2)
-    assert len(convolutions) == 20  # the stem, two in each of eight blocks, three projections
-    for convolution in convolutions:
+    assert len(norms) == len(convolutions) == 20  # the stem, eight blocks of two, three projections
+    for norm, convolution in zip(norms, convolutions, strict=True):
+        assert norm.num_groups == 1  # over all channels and positions
         filters = convolution.weight.flatten(1)
         assert abs(filters.mean(1)).max() < 1e-3
         assert abs(filters.std(1, correction=0) - 1).max() < 1e-2
@@ -229,7 +226,7 @@ def test_images_in_class_folders_are_read_in_order_and_others_are_counted(tmp_pa
     composed = "caf\u00e9"
     decomposed = unicodedata.normalize("NFD", composed)  # as a Mac writes it
     lay_out(tmp_path, f"train/a/1.png train/{decomposed}/1.png test/.git/0.png test/a/.DS_Store")
-    lay_out(tmp_path, "test/a/10.gif test/a/2.JPG test/a/B.HEIC test/a/b.heic test/a/more/1/2.png")
+    lay_out(tmp_path, "test/a/10.gif test/a/2.JPG test/a/B.HEIC test/a/c.heic test/a/more/1/2.png")
     lay_out(tmp_path, f"test/{composed}/1.png test/{composed}/c.jfif test/{composed}/notes.txt")
 
     training, test = data.load_splits(str(tmp_path))
@@ -351,7 +348,6 @@ def test_an_archive_of_cifar10_is_unpacked(tmp_path, monkeypatch):
 
     assert len(training.labels) == 20
     assert len(test.labels) == 10
-    assert training.name == "CIFAR-10"
     assert test.classes[2] == "c"
 
 
@@ -371,7 +367,6 @@ def test_the_split_is_stratified_and_disjoint(limit, count):
     assert np.bincount(validation.labels).tolist() == [count / 100] * 10
     assert len({*training.images.flat, *validation.images.flat}) == count
     assert (labels[training.images.flat] == training.labels).all()
-    assert (validation.images.flat == data.stratified_order(labels, 0)[: count // 10]).all()
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9])
@@ -423,9 +418,7 @@ def test_an_epoch_has_each_image_once_with_its_label_in_an_order_of_its_own():
         assert sorted(numbers) == orders[0]
         orders.append(numbers.tolist())
 
-    assert orders[0] != orders[1]
-    assert orders[0] != orders[2]
-    assert orders[1] != orders[2]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 def test_each_image_gets_draws_of_its_own_for_each_technique():
@@ -436,8 +429,12 @@ def test_each_image_gets_draws_of_its_own_for_each_technique():
 
     flip = pictures[:, 0, 31, 0] < pictures[:, 0, 0, 0]
     cutout = (pictures == (0, 0, 255)).all(3).any((1, 2))
+    column = pictures[~cutout, :, 16, 0]  # near the middle
+    rotated = column[:, 4] != column[:, 27]
     assert flip.mean() == pytest.approx(0.5, abs=0.1)
     assert cutout.mean() == pytest.approx(0.5, abs=0.1)
+    assert rotated.mean() == pytest.approx(0.45, abs=0.15)  # the smallest angles change nothing
+    assert len({*column[:, 16]}) >= 9  # places of the crop
     assert abs(np.corrcoef(flip, cutout)[0, 1]) < 0.1  # with one seed for both it would be 1
 
 
@@ -467,8 +464,6 @@ def test_precision_follows_the_hardware(monkeypatch):
 
     assert utils.choose_precision("auto", CPU) is torch.bfloat16
     assert utils.choose_precision("auto", CPU) is torch.bfloat16
-    assert utils.choose_precision("auto", CPU) is torch.float32
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # PyTorch before 2.11
     assert utils.choose_precision("auto", CPU) is torch.float32
 
 
@@ -516,7 +511,7 @@ def scripted(script):
 
 def plain_run(root, warmup, threshold, script, flags):
     """What train.py computes, in one plain loop: history, averaged weights and their validation."""
-    s = train.get_parser().parse_args((DEFAULTS + flags).split())
+    s = train.get_parser().parse_args(flags.split())
     everything, test = data.load_splits(str(root))
     std, mean = torch.std_mean(torch.tensor(everything.images / 255), (0, 1, 2), correction=0)
     training, validation = data.split_validation(everything, s.val_split, s.limit, s.seed)
@@ -595,7 +590,7 @@ def plain_run(root, warmup, threshold, script, flags):
 
 
 def assert_computed(output, calls, plain):
-    """Tolerances are ten times what rounding makes of two computations, or three images."""
+    """Tolerances are far above what rounding makes of two computations."""
     history = loaded(output / "checkpoint.pt")["history"]
     for row, expected in zip(history, plain.rows, strict=True):
         assert [row[name] for name in ROW[:3]] == pytest.approx(expected[:3], rel=2e-3)
@@ -638,7 +633,6 @@ def test_validation_decides_on_reductions_and_on_the_best_epoch(story, checkpoin
     history = checkpoint["history"]
     assert [(row["val_loss"], row["val_accuracy"]) for row in history] == SCRIPT
     assert utils.find_reductions(history) == [3, 5, 7]
-    assert loaded(story.output / "last.pt")["training"]["plateau"]["best"] == 1.0
     assert checkpoint["epoch"] == 5
     assert_same(checkpoint["model"], dict(story.calls[4].weights))
 
@@ -651,9 +645,10 @@ def test_the_test_set_is_read_once_with_the_weights_of_the_best_epoch(story, che
     assert len(story.calls) == 9
     assert (last.images == test.images).all()
     assert_same(last.weights, story.calls[4].weights)
+    predicted = story.plain.judge(last.weights, test)[1]
     for true, counts in enumerate(confusion):
-        predicted = story.plain.judge(last.weights, test)[1][test.labels == true]
-        assert abs(counts - predicted.bincount(minlength=10).numpy()).sum() < 5
+        expected = predicted[test.labels == true].bincount(minlength=10)
+        assert abs(counts - expected.numpy()).sum() < 5
     accuracy = confusion.trace() / 500
     assert checkpoint["result"]["test_accuracy"] == pytest.approx(accuracy)
     assert f"demo: test accuracy {accuracy:.2%} with the weights of epoch 5" in story.log
@@ -890,7 +885,7 @@ def test_maps_and_blur_test_are_those_computed_by_hand(network, layer):
     network.classifier[2].weight.data[9] = 0  # nothing is evidence for class 9
     pictures = data.draw_demo("test", sizes=(16, 24)).images[:6]
     inputs = to_input(pictures)
-    labels = network(inputs).argmax(1)
+    labels = network(inputs).topk(2).indices[range(6), [0, 1, 0, 1, 0, 1]]
     labels[5] = 9
 
     found = gradcam.explain(network, pictures, labels, layer, FP32)
@@ -914,7 +909,8 @@ def test_maps_and_blur_test_are_those_computed_by_hand(network, layer):
 
 
 def test_errors_are_chosen_by_probability_or_by_a_seed():
-    logits = torch.stack([torch.arange(9.0), torch.zeros(9)], 1)  # the first class, more and more confident
+    numbers = torch.arange(9.0)
+    logits = torch.stack([-numbers, -2 * numbers], 1)  # the first class, more and more confident
     labels = torch.tensor([1] * 8 + [0])
 
     orders = [gradcam.choose_errors(logits, labels, 9, seed).tolist() for seed in (0, 0, 1)]
@@ -1223,8 +1219,9 @@ def test_the_report_tells_results_and_settings(explained, checkpoint, report):
 def test_the_report_tells_classes_confusions_and_the_log(checkpoint, report):
     confusion = np.array(checkpoint["result"]["confusion"])
     names = checkpoint["classes"]
-    for i, row in enumerate(tables(report)["Graphs"]):
-        assert row == f"{names[i]} | {confusion[i, i] / confusion[i].sum():.2%}"
+    shares = confusion.diagonal() / confusion.sum(1)
+    for row, name, share in zip(tables(report)["Graphs"], names, shares, strict=True):
+        assert row == f"{name} | {share:.2%}"
 
     np.fill_diagonal(confusion, 0)
     told = re.findall(r"true (\w+), predicted (\w+): (\d+)", report)
@@ -1344,9 +1341,15 @@ BAD_FLAGS += "train --device x, train --without x, gradcam --n 0, gradcam --n 10
 BAD_FLAGS += "gradcam --seed -1, gradcam --nn 1"
 
 
+def test_the_defaults_of_the_flags():
+    parse = train.get_parser().parse_args
+    assert parse([]) == parse(DEFAULTS.split())
+    assert train.PLATEAU_THRESHOLD == 0.01
+
+
 @pytest.mark.parametrize("command", BAD_FLAGS.split(", "))
 def test_a_bad_flag_is_named(command):
-    assert_one_line_error(call(command), 2, command.split()[1])
+    assert_one_line_error(call(f"{command} --data none"), 2, command.split()[1])
 
 
 @pytest.mark.parametrize("script, flags", [("train", 18), ("gradcam", 8)])
@@ -1491,7 +1494,7 @@ def test_imports_do_nothing_and_the_scripts_run_from_any_folder_with_workers(ima
         "PYTHONWARNINGS": "ignore:This DataLoader will",  # for a machine with few cores
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    flags = f"--data {os.path.relpath(images, tmp_path)} {TINY} --epochs 1 --workers 2"
+    flags = f"--data {os.path.relpath(images, tmp_path)} {TINY} --epochs 1 --workers 2 --precision bf16"
 
     done = run_code(IMPORT, f"{HERE}/gradcam.py {HERE}/train.py {flags}", cwd=tmp_path, env=variables)
 
