@@ -41,7 +41,8 @@ import train
 import utils
 from model import ResNet18, count_parameters
 
-torch.set_num_threads(1)  # for networks this small a second thread only waits
+THREADS = 1  # for networks this small a second thread only waits
+torch.set_num_threads(THREADS)
 pytestmark = pytest.mark.filterwarnings("error", "ignore:This DataLoader will create")
 needs_signals = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 HERE = Path(__file__).parent
@@ -203,7 +204,7 @@ def test_this_machine_computes_the_same_gradients_in_channels_last(threads):
     torch.set_num_threads(threads)
     plain(images).square().sum().backward()
     other(images.to(memory_format=torch.channels_last)).square().sum().backward()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
     for a, b in zip(plain.parameters(), other.parameters(), strict=True):
         assert (a.grad - b.grad).norm() < 0.05 * a.grad.norm()
@@ -707,7 +708,7 @@ def test_an_extended_run_is_what_a_plain_loop_computes(images, tmp_path, monkeyp
     assert_same_run(whole, resumed)
     c = loaded(resumed / "checkpoint.pt")
     assert c["commands"][3] == f"python train.py --resume --epochs 7 --workers 1 --output {resumed}"
-    assert c["facts"]["hardware"] == "cpu (threads: 1), float32, then cpu (threads: 3), float32"
+    assert c["facts"]["hardware"] == f"cpu (threads: {THREADS}), float32, then cpu (threads: 3), float32"
 
 
 # ---------------------------------------- resume
@@ -1199,7 +1200,7 @@ def test_the_report_tells_results_and_settings(explained, checkpoint, report):
     assert f"test accuracy | {checkpoint['result']['test_accuracy']:.2%}" in rows
     assert "validation accuracy | 60.00% in epoch 5 of 8" in rows
     assert "images | 160 training, 40 validation, 500 test" in rows
-    assert "hardware | cpu (threads: 1), float32" in rows
+    assert f"hardware | cpu (threads: {THREADS}), float32" in rows
     assert "seed | 1" in rows
     assert "0.2 of each label" in techniques
     assert (
