@@ -56,8 +56,8 @@ TINY = "--epochs 2 --batch-size 4 --workers 0 --width 8 --device cpu --precision
 # ---------------------------------------- helpers
 def run_code(code, command, **options):
     """Python code in a process of its own, which can import the scripts."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}"
-    command = [sys.executable, "-c", code, *command.split()]
+    start = f"import sys, torch; sys.path.insert(0, {str(HERE)!r}); torch.set_num_threads({THREADS})"
+    command = [sys.executable, "-c", f"{start}\n{code}", *command.split()]
     return subprocess.run(
         command,
         capture_output=True,
