@@ -368,8 +368,8 @@ logit for each class.
 {augmentation}
 | normalized images | gives each channel mean 0 and standard deviation 1 | before: mean \
 {mean[0]:.4f} {mean[1]:.4f} {mean[2]:.4f}, standard deviation {std[0]:.4f} {std[1]:.4f} {std[2]:.4f} |
-| label smoothing | softens the targets, so no loss can reach 0 | {settings[label_smoothing]:.2g} of each \
-label is spread over all classes |
+| label smoothing | softens the targets | {settings[label_smoothing]:.2g} of each label is spread over all \
+classes |
 | SGD with Nesterov momentum | updates the weights | {settings[batch_size]} images per step, momentum \
 {facts[momentum]}, weight decay {settings[weight_decay]:.2g}, learning rate {settings[lr]:.2g} from \
 step {facts[warmup_steps]} on, less before |
