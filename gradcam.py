@@ -215,11 +215,11 @@ def explain_errors(args, test, model, checkpoint, autocast):
     confidence, predicted = probabilities.max(1)
     chosen = choose_errors(logits, labels, args.n, args.seed)
     shown = f"{(predicted != labels).sum():,} of {len(labels):,} test images are misclassified"
-    if len(chosen) > 0:
+    if len(chosen):
         order = "most confident first" if args.seed is None else f"chosen at random (seed {args.seed})"
         shown = f"{shown}; {len(chosen)} shown, {order}"
     print(f"{test.name}: {shown}")
-    if len(chosen) == 0:
+    if not len(chosen):
         return {}, {"shown": shown}
 
     # Where did it look? Each image for the predicted class and for the true one.

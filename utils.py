@@ -194,7 +194,7 @@ def show(*paths):
     if IN_NOTEBOOK:
         from IPython.display import Image, display
 
-        display(*[Image(filename=path) for path in paths])
+        display(*[Image(filename=path) for path in paths if path.exists()])
 
 
 # -------------------- pictures
