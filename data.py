@@ -96,7 +96,7 @@ def load_splits(root):
     test = load_split(root, "test")
     differing = sorted({*train.classes} ^ {*test.classes})
     if differing:
-        names = ", ".join(repr(name) for name in differing)
+        names = ", ".join(map(repr, differing))
         raise RunError(
             f"{root}: train and test must have the same classes; found in only one of them: {names}"
         )
